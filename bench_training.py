@@ -1,0 +1,286 @@
+"""
+Measure training: tokens per second, efficiency, and memory as a function of the length of a sequence.
+
+    python bench_training.py                       # all of it; hours on two CPU cores, most of it for long sequences
+    python bench_training.py --parts=speed --rounds=5
+    python bench_training.py --parts=memory,longest --block_sizes=192,768 --longest_cap=3072
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+from configurator import configure
+
+parts = 'speed,memory,longest'  # what is measured
+sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads, for the speed; memory is measured at the first
+segment_size = 12     # l
+window = 192          # tokens of a sequence of the fold and of the GPT's window, for the speed
+batch_size = 16       # sequences of an update
+bptt_segments = 16    # of the truncated fold
+vocab_size = 65       # tiny Shakespeare's characters
+rounds = 15           # readings of the clock, the sides alternating
+steps = 4             # updates between two readings
+block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # of the memory curve
+memory_limit_gb = 4.0  # points that are going to need more, by the two before them, are left out
+budget_gb = 2.0       # of the longest sequence: the whole process on a CPU, the allocator on a GPU
+longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reaches it could do more
+compile = 'auto'      # as in train.py
+device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
+threads = 0           # CPU threads; 0 leaves it to torch
+results_dir = 'results'  # folder of training.json and training.png
+MODES = ('full', 'truncated', 'recomputed', 'gpt')
+
+
+def parse(size):
+    """'2+2x128x4' -> (2, 2, 128, 4): local and global layers, channels, heads. Raises SystemExit for anything else."""
+    try:
+        layers, n_embd, n_head = size.split('x')
+        n_local, n_global = layers.split('+')
+        return int(n_local), int(n_global), int(n_embd), int(n_head)
+    except ValueError:
+        raise SystemExit(f"error: a size is local+globalxchannelsxheads, such as 2+2x128x4, not {size!r}") from None
+
+
+def make(mode, size, T, c):
+    """One side: its model, and update(x, y), an update as train.py makes it. c: the settings, with device found."""
+    import torch
+    import training
+    from checkpoint import make_model
+    n_local, n_global, n_embd, n_head = parse(size)
+    model = make_model('gpt' if mode == 'gpt' else 'fold', dict(
+        block_size=T, vocab_size=c['vocab_size'], n_layer=n_local + n_global, n_local=n_local, n_global=n_global,
+        n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)).to(c['device'])
+    kind = c['device'].split(':')[0]
+    autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
+    training.compile_segments(model, c['batch_size'], c['compile'], c['device'], autocast)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
+    how = {'chunk': c['bptt_segments'] * c['segment_size']} if mode == 'truncated' else {}
+    how = {'recompute': True} if mode == 'recomputed' else how
+
+    def update(x, y):
+        loss, _ = training.backpropagate(model, x, y, device=c['device'], autocast=autocast, **how)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+    return model, optimizer, update
+
+
+def batch(T, c):
+    """Random tokens and targets, (batch_size, T) of uint16 each, as the corpus holds them."""
+    import numpy as np
+    import torch
+    draw = np.random.default_rng(T)
+    tokens = torch.from_numpy(draw.integers(c['vocab_size'], size=(c['batch_size'], T + 1), dtype=np.uint16))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def wait(device):
+    if device.startswith('cuda'):
+        import torch
+        torch.cuda.synchronize()
+
+
+def measure_speed(size, c):
+    """Tokens per second of every mode at one size, alternating; medians, and efficiency against the GPT.
+
+    Efficiency is (tokens/s of a fold / tokens/s of the GPT) / (FLOPs per token of the GPT / those of the fold).
+    """
+    from flops import flops_per_token
+    T, speeds = c['window'], {mode: [] for mode in MODES}
+    sides = {mode: make(mode, size, T, c) for mode in MODES}
+    for r in range(c['rounds'] + 1):  # the first one warms up
+        for mode in MODES if r % 2 else MODES[::-1]:
+            x, y = batch(T, c)
+            wait(c['device'])
+            before = time.perf_counter()
+            for _ in range(c['steps']):
+                sides[mode][2](x, y)
+            wait(c['device'])
+            if r:
+                speeds[mode].append(c['steps'] * x.numel() / (time.perf_counter() - before))
+    flops = {mode: float(flops_per_token(sides[mode][0], T)) for mode in MODES}
+    rows = {}
+    for mode in MODES:
+        ratio = statistics.median(a / b for a, b in zip(speeds[mode], speeds['gpt']))
+        rows[mode] = {'tokens_per_s': statistics.median(speeds[mode]), 'all': speeds[mode], 'ratio': ratio,
+                      'flops_per_token': flops[mode], 'parameters': sides[mode][0].num_params(),
+                      'efficiency': ratio * flops[mode] / flops['gpt']}
+    return rows
+
+
+def peak_mb(device):
+    """The most memory there was: of the CUDA allocator, else of this process; in MB."""
+    if device.startswith('cuda'):
+        import torch
+        return torch.cuda.max_memory_allocated() / 1e6
+    if os.path.exists('/proc/self/status'):  # ru_maxrss would go on from the peak of the process that started this one
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith('VmHWM'))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e6
+
+
+def memory_point(mode, size, T, c):
+    """Peak memory of updates on sequences of T tokens, in this process, which should have done nothing before.
+
+    Of short sequences it takes several: what gradients and the heap's gaps take comes with the second backward pass.
+    """
+    import torch
+    if c['threads']:
+        torch.set_num_threads(c['threads'])
+    model, optimizer, update = make(mode, size, T, c)
+    for p in model.parameters():  # the optimizer's memory is there before the measurement
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    x, y = batch(T, c)
+    before = peak_mb(c['device'])
+    updates, start = max(1, 1536 // T), time.perf_counter()
+    for _ in range(updates):
+        update(x, y)
+    wait(c['device'])
+    return {'mode': mode, 'block_size': T, 'peak_mb': peak_mb(c['device']), 'before_mb': before,
+            'training_mb': peak_mb(c['device']) - before, 'seconds': (time.perf_counter() - start) / updates}
+
+
+def in_own_process(mode, size, T, c):
+    """memory_point in a process of its own; None if it does not end well, for want of memory above all."""
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), 'point', json.dumps([mode, size, T, c])],
+                          capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [''])[-1][:100]
+        print(f"  {mode:<10} {T:>7}: failed with code {done.returncode} {reason}", flush=True)
+        return None
+    point = json.loads(lines[-1])
+    print(f"  {mode:<10} {T:>7}: {point['training_mb']:9.1f} MB for training, {point['peak_mb']:9.1f} MB in all, "
+          f"{point['seconds']:.1f} s", flush=True)
+    return point
+
+
+def slope(points):
+    """MB that a token more costs, by the last two points."""
+    a, b = points[-2:]
+    return max(0.0, (b['peak_mb'] - a['peak_mb']) / (b['block_size'] - a['block_size']))
+
+
+def memory_curve(mode, size, c):
+    """Points at all block sizes, up to the memory limit."""
+    points = []
+    for T in map(int, c['block_sizes'].split(',')):
+        need = points[-1]['peak_mb'] + slope(points) * (T - points[-1]['block_size']) if len(points) > 1 else 0
+        if need > 1000 * c['memory_limit_gb']:
+            print(f"  {mode:<10} {T:>7}: left out, needs more than {c['memory_limit_gb']} GB", flush=True)
+            break
+        point = in_own_process(mode, size, T, c)
+        if point is None:
+            break
+        points.append(point)
+    return points
+
+
+def longest(mode, size, c):
+    """The longest single sequence that is trained within the budget: found by its slope, then tried out."""
+    budget, c, points, l = 1000 * c['budget_gb'], {**c, 'batch_size': 1}, [], c['segment_size']
+    cap = c['longest_cap'] // l * l
+
+    def attempt(T):
+        point = in_own_process(mode, size, T, c)
+        if point is None or point['peak_mb'] > budget:
+            return False
+        points.append(point)
+        return True
+    T = c['bptt_segments'] * l
+    while attempt(min(T, cap)) and T < cap and points[-1]['training_mb'] < (budget - points[-1]['before_mb']) / 4:
+        T *= 2
+    if not points:
+        return {'block_size': 0, 'capped': False}
+    if len(points) > 1 and T < cap:
+        room = (budget - points[-1]['peak_mb']) / max(slope(points), 1e-9)
+        T = min(cap, int(points[-1]['block_size'] + room)) // l * l
+        while T > points[-1]['block_size'] and not attempt(T):
+            T = int(0.97 * T) // l * l
+        while T < cap and attempt(int(1.03 * T) // l * l):  # one that fails is at most 3 % longer
+            T = points[-1]['block_size']
+    best = max(points, key=lambda point: point['block_size'])
+    return {**best, 'capped': best['block_size'] >= cap, 'mb_per_token': slope(points) if len(points) > 1 else None}
+
+
+def draw(results, path):
+    """Memory over block size, one line a mode."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for mode, points in results['memory'].items():
+        axes.loglog([p['block_size'] for p in points], [max(p['training_mb'], 1) for p in points], marker='o',
+                    label='GPT, full window' if mode == 'gpt' else f'fold, {mode}')
+    axes.set(xlabel='tokens of a sequence (block_size)', ylabel='peak memory of training, MB')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def table(results):
+    """The results as Markdown."""
+    lines = []
+    for size, rows in results.get('speed', {}).items():
+        lines += [f"\n{size}: training, tokens per second (medians, alternating)\n",
+                  "| | tokens/s | of the GPT's | MFLOPs per token | efficiency |", "|---|---|---|---|---|"]
+        lines += [f"| {mode} | {r['tokens_per_s']:,.0f} | {r['ratio']:.3f} | {r['flops_per_token'] / 1e6:.2f} | "
+                  f"{r['efficiency']:.3f} |" for mode, r in rows.items()]
+    if 'memory' in results:
+        found = {mode: {point['block_size']: point['training_mb'] for point in points}
+                 for mode, points in results['memory'].items()}
+        lines += ["\nPeak memory of training, MB\n", f"| block_size | {' | '.join(found)} |", '|---' * (len(found) + 1) + '|']
+        for T in sorted(set().union(*found.values())):
+            cells = [f"{found[mode][T]:,.0f}" if T in found[mode] else '-' for mode in found]
+            lines.append(f"| {T:,} | {' | '.join(cells)} |")
+    if 'longest' in results:
+        lines += [f"\nLongest sequence (batch of 1) in {results['settings']['budget_gb']:g} GB\n",
+                  "| | tokens | MB |", "|---|---|---|"]
+        lines += [f"| {mode} | {'at least ' if r['capped'] else ''}{r['block_size']:,} | {r.get('peak_mb', 0):,.0f} |"
+                  for mode, r in results['longest'].items()]
+    return '\n'.join(lines)
+
+
+def measure(c):
+    """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
+    import torch
+    from checkpoint import ROOT, pick_device, provenance
+    unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
+    if unknown:
+        raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
+    if c['threads']:
+        torch.set_num_threads(c['threads'])
+    torch.manual_seed(1337)
+    c = {**c, 'device': pick_device(c['device'])}
+    results, (first, *_) = {'settings': c, 'provenance': provenance(c['device'])}, c['sizes'].split(',')
+    for size in c['sizes'].split(','):
+        parse(size)
+    if 'speed' in c['parts']:
+        results['speed'] = {size: measure_speed(size, c) for size in c['sizes'].split(',')}
+    for part, work in (('memory', memory_curve), ('longest', longest)):
+        if part in c['parts']:
+            print(f"{part}:")
+            results[part] = {mode: work(mode, first, c) for mode in MODES}
+    print(table(results))
+    folder = os.path.join(ROOT, c['results_dir'])
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'training.json'), 'w') as f:
+        json.dump(results, f, indent=1)
+    if 'memory' in results:
+        draw(results, os.path.join(folder, 'training.png'))
+    return results
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['point']:
+        print(json.dumps(memory_point(*json.loads(sys.argv[2]))))
+    else:
+        measure(configure(globals()))

@@ -1,0 +1,56 @@
+import os
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run('train.py', '--key=value', ...) as from the command line; gives code, out, err and the script's globals."""
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        capsys.readouterr()
+        code, error, names = 0, '', {}
+        try:
+            names = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        except SystemExit as stop:  # what the interpreter does with it: a text goes to stderr and the code is 1
+            code, error = (1, stop.code + '\n') if isinstance(stop.code, str) else (stop.code or 0, '')
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
+    return run
+
+
+TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder with a small prepared data set named 'tiny' (some 2000 characters)."""
+    from prepare import prepare
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'tiny.txt').write_text(TEXT)
+    prepare('tiny', file=str(folder / 'tiny.txt'), data_dir=str(folder), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def train(run, data_dir, tmp_path):
+    """train(**settings): a run of train.py on the small data set, seconds long; settings override."""
+    def train(model_type='fold', **settings):
+        small = dict(data_dir=data_dir, dataset='tiny', out_dir=tmp_path / 'out', device='cpu', model_type=model_type,
+                     n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1, segment_size=4, block_size=16, batch_size=4,
+                     max_iters=20, eval_interval=10, log_interval=1, warmup_iters=2, dropout=0.1)
+        return run('train.py', *(f'--{key}={value}' for key, value in {**small, **settings}.items()))
+    return train

@@ -1,0 +1,293 @@
+"""
+What training at any length rests on: back-propagation chunk by chunk, several processes, compiled segments, signals.
+"""
+import atexit
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model import FoldGPT
+
+# set by torchrun; a single process has none of them
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, value)) for key, value in
+                           (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
+def backpropagate(model, x, y, carry=None, share=1.0, sync=True, chunk=0, recompute=False, device='cpu',
+                  autocast=nullcontext()):
+    """Add the gradient of share * (mean loss of x, y) to that of the parameters, a chunk of tokens at a time.
+
+    The carry goes from chunk to chunk, its gradient does not: memory is that of one chunk, and the sum over the
+    chunks is that of one call with the carry detached between them.
+
+    Args:
+        model: GPT or FoldGPT, or one of them in a DistributedDataParallel.
+        x, y (B, T) integers of any kind, on the CPU: tokens and targets, moved to the device as they are needed.
+        carry (B, l, C) or None: as in FoldGPT.forward; no gradient flows into it.
+        sync: whether this is the last call before an update: its last piece averages gradients over processes.
+        chunk: tokens of a chunk, whole segments; the last one may be shorter. 0 takes all T at once.
+        recompute: of a fold, keep nothing of a chunk for backward but the carries between its segments.
+    Returns:
+        share * (mean loss), and the last carry; both detached, on the device.
+    """
+    T, total = x.size(1), 0.0
+    for t in range(0, T, chunk or T):
+        part = [tokens[:, t:t + (chunk or T)] for tokens in (x, y)]
+        step = recomputed if recompute else piece
+        last = sync and t + (chunk or T) >= T
+        loss, carry, _ = step(model, *part, carry, share * part[0].size(1) / T, last, device, autocast)
+        total += loss
+    return total, carry
+
+
+def piece(model, x, y, carry, share, sync, device, autocast, grad=None, onward=False):
+    """Forward and backward through x, y (B, T) at once; grad (B, l, C) or None is what its last carry is to get.
+
+    Returns share * loss, the last carry, and, if it is to go onward, the gradient that reaches the first one.
+    """
+    carry = None if carry is None else carry.detach().requires_grad_(onward)
+    alone = isinstance(model, DistributedDataParallel) and not sync
+    with model.no_sync() if alone else nullcontext():
+        with autocast:
+            _, loss, last = model(to_device(x, device), to_device(y, device), carry)
+        loss = loss * share
+        torch.autograd.backward([loss] if grad is None else [loss, last], [None] if grad is None else [None, grad])
+    return loss.detach(), None if last is None else last.detach(), carry.grad if onward else None
+
+
+def recomputed(model, x, y, carry, share, sync, device, autocast):
+    """As piece, in the memory of one segment and of the carry before each.
+
+    First the carries, without a graph; then the segments once more from the last to the first, each with the random
+    numbers of the first time, and each handing the gradient of the carry before it on. (torch.utils.checkpoint would
+    keep the nodes of the whole graph, for small segments more memory than the carries.)
+    """
+    fold = model.module if isinstance(model, DistributedDataParallel) else model
+    inputs, targets = (tokens.split(fold.config.segment_size, dim=1) for tokens in (x, y))  # (B, l) each
+    random, carries = [random_state(device)], [carry]
+    with torch.no_grad(), autocast:
+        for s, x_s in enumerate(inputs[:-1]):
+            carry = fold(to_device(x_s, device), carry=carry)[2]
+            if s == 0:  # one block for all of them: pieces of their size would be scattered among what comes and goes
+                carries += carry.new_empty(len(inputs) - 1, *carry.shape)
+            carries[s + 1].copy_(carry)
+            random.append(random_state(device) if fold.config.dropout else random[0])
+    total, grad, after = 0.0, None, None
+    for s in reversed(range(len(inputs))):
+        set_random_state(random[s], device)
+        part = share * inputs[s].size(1) / x.size(1)
+        loss, last, grad = piece(model, inputs[s], targets[s], carries[s], part, sync and s == 0, device, autocast,
+                                 grad, onward=s > 0)
+        total += loss
+        after = after or (last, random_state(device))
+    set_random_state(after[1], device)
+    return total, after[0], None
+
+
+def random_state(device):
+    """What dropout draws from: the random numbers of the CPU and of the device."""
+    return torch.get_rng_state(), device_random_state(device)
+
+
+def device_random_state(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device == 'mps' else None
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state[0])
+    if state[1] is not None and device.startswith('cuda'):
+        torch.cuda.set_rng_state(state[1], device)
+    if state[1] is not None and device == 'mps':
+        torch.mps.set_rng_state(state[1])
+
+
+def to_device(tokens, device):
+    """tokens (B, T) on the CPU -> int64 on the device."""
+    tokens = tokens.long()
+    return tokens.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else tokens.to(device)
+
+
+class Walk:
+    """Rows that read a corpus in order: where each of them is, and the carry it brought there.
+
+    Row r of R starts at r / R of the corpus. A row that has less than a whole sequence before it begins anew at token
+    0, its carry dropped there: what it skips is less than a sequence, and stands elsewhere in those of other rows.
+    """
+
+    def __init__(self, R, T, corpus_size):
+        self.T, self.corpus_size = T, corpus_size
+        self.at = torch.arange(R) * (corpus_size - T) // R  # (R,) first token of the next sequence
+        self.fresh = torch.ones(R, dtype=torch.bool)        # rows that have read nothing
+        self.carry = None                                   # (R, l, C); only those of this process's rows are kept up
+
+    def advance(self, rows):
+        """Step on with rows (B,): the first tokens of their sequences, and which of them have no carry."""
+        ended = self.at[rows] + self.T >= self.corpus_size  # the last token is the target of the one before
+        starts, fresh = self.at[rows].masked_fill(ended, 0), self.fresh[rows] | ended
+        self.at[rows], self.fresh[rows] = starts + self.T, False
+        return starts, fresh
+
+    def groups(self, rows, fresh):
+        """Rows (B,) parted by whether they have a carry: pairs of places among the B, and their carry or None."""
+        if self.carry is None or fresh.all():
+            return [(slice(None), None)]
+        if not fresh.any():
+            return [(slice(None), self.carry[rows])]
+        old, new = (~fresh).nonzero()[:, 0], fresh.nonzero()[:, 0]
+        return [(old, self.carry[rows[old]]), (new, None)]
+
+    def keep(self, rows, carry):
+        """Take the carry of rows (B,); a GPT has none."""
+        if carry is not None:
+            if self.carry is None:
+                self.carry = carry.new_zeros(len(self.at), *carry.shape[1:])
+            self.carry[rows] = carry
+
+    def state(self, mine):
+        """What a checkpoint holds: the carries of all processes; `mine` are the rows of this one."""
+        carry = self.carry
+        if carry is not None and WORLD > 1:
+            carry = torch.zeros_like(carry)
+            carry[mine] = self.carry[mine]
+            dist.all_reduce(carry)
+        return {'at': self.at, 'fresh': self.fresh, 'carry': carry}
+
+    def load(self, state, device):
+        """Go on where another walk was, in any number of processes. Raises SystemExit if it had other rows."""
+        if len(state['at']) != len(self.at):
+            raise SystemExit(f"error: the checkpoint's streams are {len(state['at'])} rows, batch_size * "
+                             f"gradient_accumulation_steps is {len(self.at)}; stream=False goes on without them")
+        self.at, self.fresh = state['at'], state['fresh']
+        self.carry = None if state['carry'] is None else state['carry'].to(device)
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+def join(device):
+    """Meet the processes that torchrun started: one GPU each with nccl, else gloo. Returns this one's device."""
+    if WORLD == 1:
+        return device
+    if RANK:
+        sys.stdout = open(os.devnull, 'w')  # one process prints
+    cuda = device.startswith('cuda')
+    if not cuda and device != 'cpu' or cuda and LOCAL_RANK >= torch.cuda.device_count():
+        raise SystemExit(f"error: process {LOCAL_RANK} of this machine finds no device of its own on {device!r}; "
+                         f"start as many as there are GPUs, or take --device=cpu")
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+    # others wait while one evaluates; small things on the CPU go by gloo even where gradients go by nccl
+    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
+    atexit.register(dist.destroy_process_group)
+    return f'cuda:{LOCAL_RANK}' if cuda else device
+
+
+def parallel(model, device):
+    """The model, as one that averages its gradients over the processes if there are several."""
+    if WORLD == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None)
+
+
+def from_writer(make):
+    """What make() returns in the one process that writes; all get it, and wait for it."""
+    if WORLD == 1:
+        return make()
+    box = [make() if RANK == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value):
+    """The values of all processes, in their order."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean(value):
+    """The mean of a tensor over the processes."""
+    if WORLD > 1:
+        dist.all_reduce(value)
+        value /= WORLD
+    return value
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a wish to stop; the second ends the process at once.
+
+    Under torchrun, which itself sends on what it gets and kills after half a minute, further ones are not counted.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        if WORLD == 1:
+            self.done()
+
+    def done(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def wanted(self):
+        """The signal that any of the processes got, 0 if none did; to be called by all."""
+        if WORLD == 1:
+            return self.signal
+        wanted = torch.tensor(self.signal)
+        dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        return int(wanted)
+
+
+# --- compiled segments ------------------------------------------------------------------------------------------
+
+COMPILE = {'auto': None, 'off': None, 'kernels': 'default', 'graphs': 'reduce-overhead'}  # modes of torch.compile
+
+
+def compile_segments(model, B, how, device, autocast=nullcontext()):
+    """Compile the step of the segment loop, in place: FoldGPT.globally on whole windows, B rows of 2l positions.
+
+    how: 'kernels' fuses its operations, 'graphs' replays it as a CUDA graph as well, 'off' does nothing; 'auto' is
+    'kernels' on CUDA, as compiling did not pay on CPUs. It is tried out, backward too; if that fails, a line says
+    so and everything stays as it is. Returns whether the model is compiled; a GPT never is.
+    """
+    if how == 'auto':
+        how = 'kernels' if device.startswith('cuda') else 'off'
+    if how == 'off' or not isinstance(model, FoldGPT):
+        return False
+    l, eager = model.config.segment_size, model.globally
+    compiled = torch.compile(eager, mode=COMPILE[how], dynamic=False)
+
+    def globally(window, n_out, caches=None):
+        if caches or n_out != l or window.shape[:2] != (B, 2 * l):
+            return eager(window, n_out, caches)
+        carry = compiled(window, n_out)
+        return carry.clone() if how == 'graphs' else carry  # the next replay writes where this one did
+    try:
+        with torch.random.fork_rng(), autocast:
+            carry = window = torch.zeros(B, 2 * l, model.config.n_embd, device=device, requires_grad=True)
+            for _ in range(3):  # as the loop does: several steps forward, then as many backward
+                carry = globally(window, l)
+                window = torch.cat((carry, carry), dim=1)
+        carry.sum().backward()
+    except Exception as error:  # a compiler can fail in any way
+        print(f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:80]}); "
+              f"going on without it")
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    model.globally = globally
+    return True
