@@ -347,3 +347,4 @@ else:
     print(f"done in {(time.perf_counter() - begun) / 60:.1f} minutes; "
           f"python sample.py --out_dir={os.path.relpath(out_dir)}")
 stop.done()
+training.leave()
