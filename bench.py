@@ -16,7 +16,7 @@ out_dir = 'out/fold_shakespeare'  # run whose folded model is measured
 gpt_window = 192      # window of the GPT beside it: the same sizes, fresh weights, on which speed does not depend
 contexts = '100,1000,10000,100000,1000000'  # tokens read before the clock starts
 window_tokens = 240   # tokens generated between two readings of the clock; whole segments weigh all places alike
-rounds = 25           # readings of the clock at each context, the contexts and the models alternating
+rounds = 61           # readings of the clock at each context, the contexts and the models alternating
 results_dir = 'results'  # folder of the JSON file and the picture
 threads = 1           # CPU threads; one token at a time leaves no work for more
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
@@ -170,24 +170,24 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(rates[a], rates[b]))
 
 
-ratios = {
-    f'fold at {last:,} tokens / at {first:,}': ratio(('fold', last), ('fold', first)),
-    f'fold at {last:,} tokens / GPT uncached, window {gpt_window}': ratio(('fold', last), uncached),
-    'fold reading at once / token by token': reading['read'] / reading['step'],
-}
+pairs = {f'fold at {last:,} tokens / at {first:,}': (('fold', last), ('fold', first)),
+         f'fold at {last:,} tokens / GPT uncached, window {gpt_window}': (('fold', last), uncached)}
+ratios = {name: ratio(*pair) for name, pair in pairs.items()}
+ratios['fold reading at once / token by token'] = reading['read'] / reading['step']
+of_medians = {name: speed[a] / speed[b] for name, (a, b) in pairs.items()}  # beside them, as a check
 print(f"{'model':<6}{'context':>12}{'tokens/s':>12}{'state bytes':>14}")
 for row in table:
     print(f"{row['model']:<6}{row['context']:>12,}{row['tokens_per_s']:>12,.0f}{row['state_bytes']:>14,}")
 print(f"GPT uncached, window {gpt_window}: {speed[uncached]:,.0f} tokens/s")
 print(f"fold reads {reading['read']:,.0f} tokens/s at once, {reading['step']:,.0f} token by token")
 for name, value in ratios.items():
-    print(f"{name}: {value:.3f}")
+    print(f"{name}: {value:.3f}{f' (ratio of the medians {of_medians[name]:.3f})' if name in of_medians else ''}")
 print("MB held after reading: " + ', '.join(f"{c:,}: {mb:.1f}" for c, mb in fold_memory.items() if mb))
 results_dir = os.path.join(ckpt.ROOT, results_dir)
 os.makedirs(results_dir, exist_ok=True)
 with open(os.path.join(results_dir, 'generation.json'), 'w') as f:
     json.dump({'provenance': ckpt.provenance(device), 'config': config, 'table': table, 'ratios': ratios,
-               'gpt_uncached_tokens_per_s': speed[uncached], 'reading_tokens_per_s': reading,
+               'ratios_of_medians': of_medians, 'gpt_uncached_tokens_per_s': speed[uncached], 'reading_tokens_per_s': reading,
                'resident_mb': fold_memory}, f, indent=1)
     f.write('\n')
 picture(os.path.join(results_dir, 'generation.png'), table)
