@@ -189,12 +189,13 @@ def join(device):
     return f'cuda:{LOCAL_RANK}' if cuda else device
 
 
-def leave():
-    """End this process, one of several, when its run is done.
+def leave(stop):
+    """Answer signals as usual again; and end this process, when the run is done, if it is one of several.
 
     Not through the interpreter's own end: a thread of gloo's that lets go of its last tensor then, which needs the
     interpreter, aborts the process (seen in 4 of 60 short runs on a busy machine).
     """
+    stop.done()
     if WORLD > 1:
         dist.destroy_process_group()
         sys.stdout.flush()
