@@ -7,8 +7,8 @@ The needle: a key is shown once, filler follows, then the key is asked for. How 
     python needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48   # recall of a trained one
 
 A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
-The answer counts if all of its digits are right. With pairs > 1 there are as many needles, one a segment, each with a
-name after its MARK, and ASK NAME asks for one of them, in any order (associative recall).
+The answer counts if all of its digits are right. With pairs there are up to so many needles, one a segment, each with
+a name after its MARK, and then ASK NAME asks for all of them, in any order: how much fits into the memory.
 """
 import json
 import os
@@ -28,8 +28,8 @@ symbols = 16                # different filler symbols
 dataset = 'shakespeare'     # of filler 'text': its training split trains, its validation split tests
 data_dir = 'data'           # folder of the prepared data sets
 key_length = 5              # digits of a key
-pairs = 1                   # needles in a sequence; more than 1 are named
-names = 64                  # different names, where there are several needles
+pairs = 0                   # most named needles in a sequence; 0 is one needle without a name, at any distance
+names = 64                  # different names
 # model
 model_type = 'fold'         # 'fold' or 'gpt'
 segment_size = 12           # l, tokens of a fold's segment
@@ -90,7 +90,7 @@ class Task:
         self.first_digit = load_meta(folder)['vocab_size'] if filler == 'text' else symbols
         self.mark, self.ask = self.first_digit + ALPHABET, self.first_digit + ALPHABET + 1
         self.first_name = self.ask + 1
-        self.vocab_size = self.first_name + (names if pairs > 1 else 0)
+        self.vocab_size = self.first_name + (names if pairs else 0)
 
     def integers(self, low, high, *shape):
         return torch.randint(low, high, shape, generator=self.draw)
@@ -136,6 +136,28 @@ class Task:
         return x, self.put_question(x, keys, self.integers(T - tail, T - key_length + 1, len(keys)))
 
 
+    def several(self, B, n):
+        """B sequences with n named needles, one a segment, then as many questions as fit into each segment.
+
+        Returns tokens and targets, (B, T) each, -1 but where a digit is asked for.
+        """
+        l, k = segment_size, key_length
+        per_segment = l // (k + 2)
+        x, keys = self.filling(B, (n - -(-n // -per_segment)) * l), self.keys(B * n).view(B, n, k)
+        y = torch.full_like(x, -1)
+        name = self.first_name + torch.rand(B, names, generator=self.draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
+        needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                       # (B, n, k + 2)
+        start = torch.arange(n) * l + self.integers(0, l - k - 1, B, n)
+        x.scatter_(1, (start[..., None] + torch.arange(k + 2)).view(B, -1), needle.view(B, -1))
+        order = torch.rand(B, n, generator=self.draw).argsort(dim=1)[..., None]
+        question = needle.gather(1, order.expand(-1, -1, k + 2))
+        question[..., 0] = self.ask
+        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * (k + 2)
+        x.scatter_(1, (asked[:, None] + torch.arange(k + 2)).view(1, -1).expand(B, -1), question.view(B, -1))
+        y.scatter_(1, (asked[:, None] + 1 + torch.arange(k)).view(1, -1).expand(B, -1), question[..., 2:].reshape(B, -1))
+        return x, y
+
+
 def answered(logits, targets):
     """Which rows have the likeliest token right at all of their targets (B, T), -1 left out: (B,)."""
     return ((logits.argmax(dim=-1) == targets) | (targets < 0)).all(dim=1)
@@ -178,6 +200,26 @@ def read_and_ask(x, y, carry):
     return loss, answered(logits.detach().cpu().view(*y.shape, -1), y), carry
 
 
+def step_on_pairs(n):
+    """One update on sequences of n named needles. Returns the loss and the share of the needles that are right."""
+    x, y = task.several(batch_size, n)
+    logits, loss, _ = model(x.to(device), y.to(device))
+    update(loss)
+    return loss.item(), share_of_pairs(logits, y)
+
+
+def share_of_pairs(logits, y):
+    """The share of answers of key_length digits each that are right."""
+    return (logits.detach().argmax(dim=-1).cpu() == y)[y >= 0].view(-1, key_length).all(dim=1).float().mean().item()
+
+
+def update(loss):
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def train_step(F):
     """One update on new sequences, F segments and the two of the question, and on the walkers. Returns loss, recall."""
     l = segment_size
@@ -192,10 +234,7 @@ def train_step(F):
             old = old + carry_noise * torch.randn(old.shape, generator=task.draw).to(device)
         loss_old, right_old, carry_old = read_and_ask(x, y, old)
         loss = loss + loss_old * len(rows) / batch_size
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update(loss)
     if len(rows):
         walkers.carry[rows], walkers.age[rows] = carry_old.detach(), walkers.age[rows] + F * l
         walkers.there[rows] = right_old & (torch.rand(len(rows), generator=task.draw) >= leave)
@@ -217,26 +256,26 @@ def train():
         for group in optimizer.param_groups:
             group['lr'] = lr_at(it)
         hardest = torch.rand((), generator=task.draw) < 0.5
-        F = stage if hardest else int(task.integers(0, stage + 1, 1))
-        loss, right = train_step(F)
+        F = stage if hardest else int(task.integers(1 if pairs else 0, stage + 1, 1))
+        loss, right = step_on_pairs(F) if pairs else train_step(F)
         recall += 0.1 * (right - recall) * (F == stage)
-        grows = recall > grow_at and stage < longest and isinstance(model, FoldGPT)
+        grows = recall > grow_at and stage < (pairs or longest) and isinstance(model, FoldGPT)
         last = it + 1 == max_iters or stop.wanted()
         if grows or last or (it + 1) % log_interval == 0:
             seconds = time.perf_counter() - begun
             model.eval()
-            far = evaluate([probe_distance], 200)[probe_distance] / 200
+            far = recall if pairs else evaluate([probe_distance], 200)[probe_distance] / 200
             model.train()
             begun += time.perf_counter() - begun - seconds  # evaluating is not training
             log.append({'iter': it + 1, 'seconds': seconds, 'loss': loss, 'segments': stage, 'recall': recall,
                         'recall_at_probe_distance': far, 'walkers': int(walkers.there.sum()), 'age': walkers.mean_age()})
-            print(f"iter {it + 1}: loss {loss:.4f}, recall {recall:.3f} at {stage} segments and {far:.3f} at "
-                  f"{probe_distance} tokens, {log[-1]['walkers']} walkers of {log[-1]['age']:,.0f} tokens, "
-                  f"{seconds:.0f} s", flush=True)
+            rest = '' if pairs else (f" and {far:.3f} at {probe_distance} tokens, {log[-1]['walkers']} walkers of "
+                                     f"{log[-1]['age']:,.0f} tokens")
+            print(f"iter {it + 1}: loss {loss:.4f}, recall {recall:.3f} at {stage} {'pairs' if pairs else 'segments'}"
+                  f"{rest}, {seconds:.0f} s", flush=True)
         if grows:
             stage, recall = stage + 1, 0.0
         if stop.wanted():
-            print(f"stopped after update {it + 1} of {max_iters}")
             break
     return log
 
@@ -278,6 +317,21 @@ def interval(right, n, z=1.96):
     return max(0.0, center - half), min(1.0, center + half)
 
 
+@torch.no_grad()
+def pairs_table():
+    """Recall of one, two, ... named needles: a list of records."""
+    table, test = [], Task('val', seed + 1_000_003)
+    for n in range(1, pairs + 1):
+        x, y = test.several(sequences, n)
+        right = sum(share_of_pairs(model(a.to(device), b.to(device))[0], b) * len(a) / sequences
+                    for a, b in zip(x.split(50), y.split(50)))
+        table.append({'pairs': n, 'recall': right, 'sequences': sequences})
+        print(f"{n:>3} pairs: recall {right:.3f}, {n * sequences} answers", flush=True)
+    print(f"most pairs recalled at 0.9: {max((row['pairs'] for row in table if row['recall'] >= 0.9), default=0)}; "
+          f"chance: {ALPHABET ** -key_length:g}")
+    return table
+
+
 def recall_table(lengths):
     """Recall at every distance: a list of records."""
     table = []
@@ -300,7 +354,7 @@ def numbers(text):
 
 def check_config():
     """Refuse what would fail later."""
-    least = dict(symbols=1, key_length=1, batch_size=1, longest=1, max_iters=0, warmup_iters=1, log_interval=1,
+    least = dict(symbols=1, key_length=1, pairs=0, batch_size=1, longest=1, max_iters=0, warmup_iters=1, log_interval=1,
                  sequences=1, far_sequences=1, threads=0, probe_distance=0)
     for key, value in least.items():
         if config[key] < value:
@@ -309,6 +363,9 @@ def check_config():
         raise SystemExit(f"error: filler must be 'symbols' or 'text', not {filler!r}")
     if 2 * key_length + 2 > 2 * segment_size:
         raise SystemExit(f"error: a key of {key_length} digits and its question do not fit into two segments of {segment_size}")
+    if pairs and (key_length + 2 > segment_size or pairs > names or model_type == 'gpt'):
+        raise SystemExit(f"error: pairs={pairs} needs a fold, as many names, not {names}, and digits that fit into a segment "
+                         f"with MARK and name, not {key_length}: --key_length=1")
     if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
         raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
     if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
@@ -347,8 +404,12 @@ if max_iters:
         'model_type': model_type, 'model_args': ckpt.model_args(model), 'model': model.state_dict(), 'config': config,
         'iter_num': log[-1]['iter'] if log else 0, 'provenance': made_by})
     print(f"trained in {trained / 60:.1f} minutes, saved in {target}")
+    if stop.wanted():
+        raise SystemExit(f"stopped after update {log[-1]['iter']} of {max_iters}; recall not measured: --init_from={target} "
+                         f"--max_iters=0 does that")
+stop.done()
 model.eval()
-table = recall_table(lengths)
+table = pairs_table() if pairs else recall_table(lengths)
 first = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
 result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
           'chance': ALPHABET ** -key_length, 'training_minutes': trained / 60,
