@@ -143,7 +143,7 @@ class Task:
         """
         l, k = segment_size, key_length
         per_segment = l // (k + 2)
-        x, keys = self.filling(B, (n - -(-n // -per_segment)) * l), self.keys(B * n).view(B, n, k)
+        x, keys = self.filling(B, (n - (-n // per_segment)) * l), self.keys(B * n).view(B, n, k)
         y = torch.full_like(x, -1)
         name = self.first_name + torch.rand(B, names, generator=self.draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
         needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                       # (B, n, k + 2)

@@ -19,7 +19,7 @@ def needle(run, tmp_path, data_dir):
 
 
 def swap_model(names, model):
-    names['evaluate'].__globals__['model'] = model
+    names['train'].__globals__['model'] = model  # of the script itself: evaluate is wrapped by torch
 
 
 class Scholar:
@@ -119,7 +119,7 @@ def test_a_gpt_is_trained_and_asked_as_well(needle, tmp_path, block_size):
     done = needle(model_type='gpt', n_layer=1, block_size=block_size)
     assert done.code == 0 and 'chance: 1e-05' in done.out
     again = needle(model_type='gpt', n_layer=1, block_size=block_size, init_from=tmp_path / 'needle', max_iters=0)
-    assert again.code == 0 and [l for l in again.out.splitlines() if 'recall' in l] == [
+    assert again.code == 0 and [l for l in again.out.splitlines() if 'tokens: recall' in l] == [
         l for l in done.out.splitlines() if 'tokens: recall' in l]
 
 
@@ -137,3 +137,34 @@ def test_a_run_is_not_written_over(needle):
     needle()
     refused = needle(overwrite=False)
     assert refused.code == 1 and '--overwrite=True' in refused.err
+
+
+def test_several_needles_are_each_asked_for_by_name(needle):
+    names = needle(max_iters=0, pairs=7, key_length=1).globals
+    task, n = names['task'], 7
+    x, y = task.several(200, n)
+    assert x.shape == (200, (n + 2) * 12)  # four questions fit into a segment
+    orders = set()
+    for row, targets in zip(x.tolist(), y.tolist()):
+        marks = [i for i, token in enumerate(row) if token == task.mark]
+        assert [i // 12 for i in marks] == list(range(n)) and all(i % 12 <= 9 for i in marks)
+        value = {row[i + 1]: row[i + 2] for i in marks}
+        assert len(value) == n and min(value) >= task.first_name
+        asked = [i for i, token in enumerate(row) if token == task.ask]
+        assert sorted(row[i + 1] for i in asked) == sorted(value) and min(asked) == n * 12
+        assert [(i, t) for i, t in enumerate(targets) if t >= 0] == [(i + 1, value[row[i + 1]]) for i in asked]
+        orders.add(tuple(row[i + 1] == row[marks[k] + 1] for k, i in enumerate(asked)))
+    assert len(orders) > 50
+    starts = (x[:, :n * 12].view(200, n, 12) == task.mark).long().argmax(dim=2)
+    assert set(starts.flatten().tolist()) == set(range(10))
+
+
+def test_pairs_are_trained_and_counted(needle, tmp_path):
+    done = needle(pairs=3, key_length=1, grow_at=-1)
+    assert done.code == 0 and 'most pairs recalled at 0.9: 0' in done.out
+    result = json.load(open(tmp_path / 'needle' / 'recall.json'))
+    assert [row['pairs'] for row in result['recall']] == [1, 2, 3] and result['log'][-1]['segments'] == 3
+    share = done.globals['share_of_pairs']
+    y = torch.tensor([[-1, 3, -1, 4], [5, -1, 6, -1]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[0, 3, 0, 9], [5, 0, 6, 0]]), 10).float()
+    assert share(logits, y) == 0.75
