@@ -88,13 +88,13 @@ class CausalSelfAttention(nn.Module):
 
 def attend(q, k, v, dropout=0.0):
     """Softmax attention of q (B, H, n, C/H) to k, v (B, H, S, C/H); the last query sees all, the one before one less."""
-    (B, H, n, D), S = q.shape, k.size(2)
+    n, S = q.size(2), k.size(2)
     if n == 1 or n == S > 64:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=n > 1)
-    future = q.new_full((n, S), -math.inf).triu(S - n + 1)  # on windows as short as a fold's, faster than fused kernels
-    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(dim=-1)  # (B*H, n, S)
-    return (F.dropout(weights, dropout) @ v).view(B, H, n, D)
+    # on windows as short as a fold's, the fused kernels are slower than this
+    future = torch.ones(n, S, dtype=torch.bool, device=q.device).triu(S - n + 1)
+    weights = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, n, S)
+    return F.dropout(weights.masked_fill(future, float('-inf')).softmax(dim=-1), dropout) @ v
 
 
 class MLP(nn.Module):

@@ -4,7 +4,8 @@ The needle: a key is shown once, filler follows, then the key is asked for. How 
     python needle.py config/fold_needle.py       # trains, then prints recall against distance
     python needle.py config/gpt_needle.py        # the same for a GPT of a window of two segments
     python needle.py config/fold_needle.py --filler=text --out_dir=out/fold_needle_text
-    python needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48   # recall of a trained one
+    python needle.py config/fold_needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48  # a trained one again
+    python needle.py --draw=out/fold_needle/recall.json,out/gpt_needle/recall.json  # both in one picture
 
 A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
 The answer counts if all of its digits are right. With pairs there are up to so many needles, one a segment, each with
@@ -21,6 +22,7 @@ from configurator import configure, show
 out_dir = 'out/needle'      # folder of the checkpoint, the log and recall.json
 init_from = 'scratch'       # 'scratch', or a run or checkpoint of this script to start from
 overwrite = False           # start over in an out_dir that holds another run
+draw = ''                   # nothing but a picture, recall.png beside the first of these files, separated by commas
 seed = 1337                 # of the weights and of every sequence
 # task
 filler = 'symbols'          # 'symbols' (random ones) or 'text' (stretches of a prepared data set)
@@ -45,7 +47,6 @@ batch_size = 64             # new sequences of an update, and at most as many th
 longest = 8                 # segments before the two of the question, once the curriculum has grown
 grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment
 leave = 0.01                # share of the walking sequences that leave at each update, though they remember
-carry_noise = 0.0           # standard deviation of the noise added to the carry of walking sequences
 max_iters = 3000            # updates
 learning_rate = 2e-3        # AdamW's, after warm-up
 warmup_iters = 100          # updates of linear warm-up
@@ -64,6 +65,39 @@ far_sequences = 100         # fresh sequences at far distances
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0                 # CPU threads; 0 leaves it to torch
 config = configure(globals())
+
+
+
+def picture(files):
+    """Recall against distance of several runs, from their recall.json. Raises SystemExit if one is missing or no such file."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for name in files:
+        try:
+            with open(name) as f:
+                result = json.load(f)
+            rows, c = result['recall'], result['config']
+            points = [(row['distance'], row['recall'], row['recall'] - row['low'], row['high'] - row['recall']) for row in rows]
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(f"error: {name} is no recall.json of a needle at a distance ({type(error).__name__})") from None
+        kind = f"fold, window {c['segment_size']}, {c['carry']}" if result['model'] == 'fold' else f"GPT, window {c['block_size']}"
+        x, y, low, high = zip(*points)
+        axes.errorbar(x, y, (low, high), fmt='o-', ms=3, capsize=2, label=f"{kind}, {c['filler']}, seed {c['seed']}")
+        axes.axhline(result['chance'], color='gray', lw=0.8)
+    axes.set(xscale='log', xlabel='tokens of filler between key and question', ylabel='keys recalled', ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path = os.path.join(os.path.dirname(files[0]), 'recall.png')
+    figure.savefig(path, dpi=110)
+    print(f"written to {path}")
+
+
+if draw:
+    picture(draw.split(','))
+    raise SystemExit(0)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -229,10 +263,7 @@ def train_step(F):
     rows = walkers.there.nonzero()[:, 0]
     if len(rows):
         x, y = task.old(walkers.keys[rows], T, 2 * l)
-        old = walkers.carry[rows]
-        if carry_noise:
-            old = old + carry_noise * torch.randn(old.shape, generator=task.draw).to(device)
-        loss_old, right_old, carry_old = read_and_ask(x, y, old)
+        loss_old, right_old, carry_old = read_and_ask(x, y, walkers.carry[rows])
         loss = loss + loss_old * len(rows) / batch_size
     update(loss)
     if len(rows):
@@ -405,11 +436,15 @@ if max_iters:
         'iter_num': log[-1]['iter'] if log else 0, 'provenance': made_by})
     print(f"trained in {trained / 60:.1f} minutes, saved in {target}")
     if stop.wanted():
-        raise SystemExit(f"stopped after update {log[-1]['iter']} of {max_iters}; recall not measured: --init_from={target} "
-                         f"--max_iters=0 does that")
+        print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
+              f"--max_iters=0 does that")
+        raise SystemExit(0)
 stop.done()
 model.eval()
-table = pairs_table() if pairs else recall_table(lengths)
+try:
+    table = pairs_table() if pairs else recall_table(lengths)
+except KeyboardInterrupt:
+    raise SystemExit(f"stopped while recall was measured; --init_from={target} --max_iters=0 begins that again") from None
 first = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
 result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
           'chance': ALPHABET ** -key_length, 'training_minutes': trained / 60,
