@@ -21,11 +21,12 @@ from configurator import configure
 out_dir = ''        # folder of the run; '' takes the newest under out/
 file = ''           # text to score; '' is the validation split that belongs to the run
 data_dir = 'data'   # folder of the prepared data sets
-histories = '0,12,24,36,48,72,96,120,144,168,192,240,288,384,576'  # tokens before a segment; the last is the reference
+histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment; the last is the reference
+swaps = '12,24,48,96,144'  # of these, where the older text is also swapped for another
 segment = 12        # tokens of a target's segment, for a GPT; a fold has its own
 targets = 2000      # segments that are scored under every history, evenly spread over the text
 words = 400         # words scored in every bin of remote co-occurrence
-bins = '12,24,48,96,150,300,576'  # borders of these bins, tokens back to where the word stood last
+bins = '12,24,48,96,150,288'  # borders of these bins, tokens back to where the word stood last
 units = 'auto'      # 'word' (run of letters), 'identifier', 'token'; 'auto' goes by the data set and its tokenizer
 stretches = 100     # contiguous parts of the text that the bootstrap draws from
 draws = 2000        # bootstrap samples
@@ -105,7 +106,7 @@ def swap_curve(score, tokens, starts, lengths, longest, l, draw, progress=None):
         curve.append(score(torch.cat((far, gather(tokens, starts - c, c + l + 1)), dim=1), l))
         if progress:
             progress(f"swapped beyond {c}: {curve[-1].mean():.4f}")
-    return torch.stack(curve)
+    return curve
 
 
 def gather(tokens, starts, n):
@@ -202,13 +203,15 @@ def probe(score, tokens, l, places, c):
     def interval(values, parts):
         return dict(zip(('mean', 'low', 'high'), bootstrap(values, parts, c['draws'], generator)))
     curve = context_curve(score, tokens, starts, lengths, l, progress)    # (histories, M, l)
-    swapped = swap_curve(score, tokens, starts, lengths[:-1], longest, l, generator, progress)
+    swaps = [history for history in numbers(c['swaps'], 'swaps') if history in lengths[:-1]]
+    swapped = dict(zip(swaps, swap_curve(score, tokens, starts, swaps, longest, l, generator, progress)))
     table = []
     for i, history in enumerate(lengths):
         row = {'history': history, 'loss': interval(curve[i].mean(dim=1), stretch)}
         if history < longest:
             row['gain'] = interval((curve[i] - curve[-1]).mean(dim=1), stretch)  # what longer history is worth
-            row['swapped'] = interval((swapped[i] - curve[-1]).mean(dim=1), stretch)
+        if history in swapped:
+            row['swapped'] = interval((swapped[history] - curve[-1]).mean(dim=1), stretch)
         table.append(row)
     remote = []
     for (low, high), (where, there, absent) in co_occurrence(score, tokens, recurrences(tokens, places), borders, l,
@@ -238,8 +241,9 @@ def show(result):
     """The result as a table of text."""
     lines = [f"{'history':>8}{'loss':>9}{'worth of longer history':>26}{'the same, older text swapped':>34}"]
     for row in result['context_curve']:
-        cells = [f"{row[key]['mean']:.4f} [{row[key]['low']:.4f}, {row[key]['high']:.4f}]" for key in ('gain', 'swapped') if key in row]
-        lines.append(f"{row['history']:>8}{row['loss']['mean']:>9.4f}{(cells + ['reference', ''])[0]:>26}{(cells + ['', ''])[1]:>34}")
+        cells = [f"{row[key]['mean']:.4f} [{row[key]['low']:.4f}, {row[key]['high']:.4f}]" if key in row else ''
+                 for key in ('gain', 'swapped')]
+        lines.append(f"{row['history']:>8}{row['loss']['mean']:>9.4f}{cells[0] or 'reference':>26}{cells[1]:>34}".rstrip())
     kept, longest = result['preserved_context'], result['context_curve'][-1]['history']
     lines.append(f"{result['tokens_scored']:,} tokens scored; 95 % intervals over contiguous stretches")
     lines.append(f"preserved context: history longer than {kept} tokens still lowers the loss (longest: {longest})"

@@ -11,7 +11,7 @@ from evaluate import per_token
 from model import GPT, FoldConfig, FoldGPT, GPTConfig
 
 l, VOCAB, LAG = 6, 7, 33
-SETTINGS = dict(histories='0,6,12,18,24,30,36,42,48,72', bins='12,24,32,34,48', targets=200, words=300, stretches=20,
+SETTINGS = dict(histories='0,6,12,18,24,30,36,42,48,72', swaps='0,6,12,18,24,30,36,42,48', bins='12,24,32,34,48', targets=200, words=300, stretches=20,
                 draws=400, seed=1)
 
 
@@ -134,7 +134,7 @@ def test_words_and_where_they_stood_last():
 
 def test_the_script_writes_a_table_a_file_and_a_picture(train, run, tmp_path, data_dir):
     train(max_iters=3)
-    small = ['--histories=0,4,8,16', '--bins=8,16,32', '--targets=20', '--draws=50', f'--data_dir={data_dir}']
+    small = ['--histories=0,4,8,16', '--swaps=4,8', '--bins=8,16,32', '--targets=20', '--draws=50', f'--data_dir={data_dir}']
     done = run('probe.py', f"--out_dir={tmp_path / 'out'}", *small)
     assert done.code == 0 and 'preserved context' in done.out and 'history 16' in done.err
     result = json.load(open(tmp_path / 'out' / 'probe.json'))
