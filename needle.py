@@ -377,10 +377,9 @@ def recall_table(lengths):
 
 def numbers(text):
     """'12,48' -> [12, 48]. Raises SystemExit for anything else."""
-    try:
+    if all(part.strip().isdigit() for part in text.split(',')):
         return sorted({int(part) for part in text.split(',')})
-    except ValueError:
-        raise SystemExit(f"error: distances must be whole numbers separated by commas, not {text!r}") from None
+    raise SystemExit(f"error: distances must be whole numbers separated by commas, not {text!r}")
 
 
 def check_config():

@@ -295,7 +295,7 @@ def test_a_gated_carry_is_a_mixture_place_by_place_of_old_and_new():
     logits, _, carry = model(idx, all_logits=True)
     torch.testing.assert_close(carry, expected, **TOLERANCE)
     torch.testing.assert_close(logits, model.head(torch.cat(outputs, dim=1), all_logits=True)[0], **TOLERANCE)
-    assert (torch.sigmoid(FoldGPT(FoldConfig(carry='gated', vocab_size=VOCAB)).carry_gate.bias) > 0.7).all()  # it starts by keeping
+    assert (torch.sigmoid(FoldGPT(FoldConfig(block_size=12, carry='gated', vocab_size=VOCAB)).carry_gate.bias) > 0.7).all()  # it starts by keeping
     assert not hasattr(make_fold(), 'carry_gate')  # a plain fold has a GPT's parameters
 
 
