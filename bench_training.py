@@ -56,7 +56,7 @@ def make(mode, size, T, c):
         n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)).to(c['device'])
     kind = c['device'].split(':')[0]
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
-    training.compile_segments(model, c['batch_size'], c['compile'], c['device'], autocast)
+    training.compile_model(model, c['batch_size'], c['compile'], c['device'], autocast)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
     how = {'chunk': c['bptt_segments'] * c['segment_size']} if mode == 'truncated' else {}
     how = {'recompute': True} if mode == 'recomputed' else how

@@ -344,7 +344,7 @@ class FoldGPT(GPT):
         outputs = []
         for x_s in x.split(self.config.segment_size, dim=1):  # s = 1, ..., N_s
             window = x_s if carry is None else torch.cat((carry, x_s), dim=1)  # (B, 2l, C); l for the first segment
-            carry = self.carried(carry, self.globally(window, n_out=x_s.size(1)))
+            carry = self.carried(carry, self.globally(window, x_s.size(1)))
             outputs.append(carry)
         return torch.cat(outputs, dim=1), carry
 

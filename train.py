@@ -63,7 +63,7 @@ log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA and float32 elsewhere
-compile = 'auto'            # a fold's segments: 'off', 'kernels' or 'graphs' (CUDA graphs); 'auto': kernels on CUDA
+compile = 'auto'            # 'off', 'kernels' or 'graphs' (CUDA graphs); 'auto' is 'kernels' on CUDA, else 'off'
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 config = configure(globals())
 
@@ -280,7 +280,7 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 
 half = dtype == 'bfloat16' or dtype == 'auto' and device.startswith('cuda')
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if half else nullcontext()
-training.compile_segments(model, batch_size // WORLD, compile, device, autocast)
+training.compile_model(model, batch_size // WORLD, compile, device, autocast)
 trained = training.parallel(model, device)
 if RANK:
     torch.manual_seed(seed + RANK)  # the weights are the same everywhere, what dropout drops is not
