@@ -227,6 +227,12 @@ def provenance(device='cpu'):
             'python': platform.python_version(), 'torch': str(torch.__version__)}
 
 
+def portable(config):
+    """Settings as a result holds them: paths inside the repository are given from its folder on."""
+    inside = ROOT + os.sep
+    return {key: value.removeprefix(inside) if isinstance(value, str) else value for key, value in config.items()}
+
+
 def cpu_name():
     """The processor's name and number of cores, as far as the system tells."""
     name = platform.processor() or platform.machine()

@@ -448,7 +448,7 @@ first = next((record for record in log if record['recall_at_probe_distance'] >= 
 result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
           'chance': ALPHABET ** -key_length, 'training_minutes': trained / 60,
           'minutes': (time.perf_counter() - begun) / 60, 'first_0.99_at_probe_distance': first, 'log': log,
-          'config': config, 'provenance': made_by}
+          'config': ckpt.portable(config), 'provenance': made_by}
 os.makedirs(target, exist_ok=True)
 with open(os.path.join(target, 'recall.json'), 'w') as f:
     json.dump(result, f, indent=1)

@@ -311,7 +311,7 @@ def main():
     places = find_words(tokens, tokenizer, unit)
     result = probe(lambda rows, n: last_losses(model, rows.to(where), n), tokens, l, places, config)
     result = {'model': saved['model_type'], 'sizes': saved['model_args'], 'data': saved['data']['dataset'], 'unit': unit,
-              **result, 'iterations': saved['iter_num'], 'settings': config, 'trained': saved.get('provenance'),
+              **result, 'iterations': saved['iter_num'], 'settings': ckpt.portable(config), 'trained': saved.get('provenance'),
               'provenance': ckpt.provenance(where)}
     print(show(result))
     target = results_file or os.path.join(os.path.dirname(path), 'probe.json')
