@@ -3,6 +3,7 @@ Measure what the README states about speed and memory: ratios, taken in one run,
 
     python bench.py                      # generation: a context without end in a state of constant size
     python bench.py --rounds=3 --contexts=100,1000 --out_dir=out/other
+    python bench.py --parts=speed,memory,longest  # training; python bench_training.py has more settings
 """
 import json
 import os
@@ -12,6 +13,7 @@ import time
 
 from configurator import configure
 
+parts = 'generation'  # and of training: 'speed', 'memory' over the length of a sequence, the 'longest' sequence
 out_dir = 'out/fold_shakespeare'  # run whose folded model is measured
 gpt_window = 192      # window of the GPT beside it: the same sizes, fresh weights, on which speed does not depend
 contexts = '100,1000,10000,100000,1000000'  # tokens read before the clock starts
@@ -22,6 +24,15 @@ threads = 1           # CPU threads; one token at a time leaves no work for more
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 seed = 1337           # of the tokens and of the GPT's weights
 config = configure(globals())
+
+import bench_training  # noqa: E402
+
+of_training = [part for part in parts.split(',') if part != 'generation']
+if of_training:
+    bench_training.measure({**bench_training.defaults(), 'parts': ','.join(of_training), 'device': device,
+                            'results_dir': results_dir})
+if of_training == parts.split(','):
+    raise SystemExit(0)
 
 import torch  # noqa: E402
 

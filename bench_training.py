@@ -56,7 +56,7 @@ def make(mode, size, T, c):
         n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)).to(c['device'])
     kind = c['device'].split(':')[0]
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
-    training.compile_segments(model, c['batch_size'], c['compile'], c['device'], autocast)
+    training.compile_model(model, c['batch_size'], c['compile'], c['device'], autocast)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
     how = {'chunk': c['bptt_segments'] * c['segment_size']} if mode == 'truncated' else {}
     how = {'recompute': True} if mode == 'recomputed' else how
@@ -242,11 +242,16 @@ def table(results):
             cells = [f"{found[mode][T]:,.0f}" if T in found[mode] else '-' for mode in found]
             lines.append(f"| {T:,} | {' | '.join(cells)} |")
     if 'longest' in results:
-        lines += [f"\nLongest sequence (batch of 1) in {results['settings']['budget_gb']:g} GB\n",
+        lines += [f"\nLongest sequence (batch of 1) in {results['made']['longest']['settings']['budget_gb']:g} GB\n",
                   "| | tokens | MB |", "|---|---|---|"]
         lines += [f"| {mode} | {'at least ' if r['capped'] else ''}{r['block_size']:,} | {r.get('peak_mb', 0):,.0f} |"
                   for mode, r in results['longest'].items()]
     return '\n'.join(lines)
+
+
+def defaults():
+    """The settings at the top of this file."""
+    return {key: value for key, value in globals().items() if not key.startswith('_') and type(value) in (bool, int, float, str)}
 
 
 def measure(c):
@@ -259,8 +264,15 @@ def measure(c):
     if c['threads']:
         torch.set_num_threads(c['threads'])
     torch.manual_seed(1337)
-    c = {**c, 'device': pick_device(c['device'])}
-    results, (first, *_) = {'settings': c, 'provenance': provenance(c['device'])}, c['sizes'].split(',')
+    c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
+    folder = os.path.join(ROOT, c['results_dir'])
+    try:  # parts that are not measured now stay as they were
+        with open(os.path.join(folder, 'training.json')) as f:
+            results = json.load(f)
+    except (OSError, ValueError):
+        results = {}
+    for part in c['parts'].split(','):
+        results.setdefault('made', {})[part] = {'settings': c, 'provenance': provenance(c['device'])}
     for size in c['sizes'].split(','):
         parse(size)
     if 'speed' in c['parts']:
@@ -270,7 +282,6 @@ def measure(c):
             print(f"{part}:")
             results[part] = {mode: work(mode, first, c) for mode in MODES}
     print(table(results))
-    folder = os.path.join(ROOT, c['results_dir'])
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'training.json'), 'w') as f:
         json.dump(results, f, indent=1)

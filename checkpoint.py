@@ -216,7 +216,8 @@ def provenance(device='cpu'):
     try:
         git = ['git', '-C', ROOT]
         commit = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True).stdout.strip()
+        code = ['status', '--porcelain', '-uno', '--', '.', ':!results']  # a result that is being written changes no code
+        changed = subprocess.run([*git, *code], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = changed = ''
     name = torch.cuda.get_device_name() if device.startswith('cuda') else cpu_name()
@@ -224,6 +225,12 @@ def provenance(device='cpu'):
             'commit': (commit or 'unknown') + (' (changed)' if changed else ''),
             'hardware': name, 'threads': torch.get_num_threads(),
             'python': platform.python_version(), 'torch': str(torch.__version__)}
+
+
+def portable(config):
+    """Settings as a result holds them: paths inside the repository are given from its folder on."""
+    inside = ROOT + os.sep
+    return {key: value.removeprefix(inside) if isinstance(value, str) else value for key, value in config.items()}
 
 
 def cpu_name():

@@ -30,6 +30,8 @@ def flops_per_token(model, T, backward=True, carried=False):
             now = min(l, T - s * l)
             window = now + (l if s or carried else 0)
             total += (c.n_global - 1) * block_flops(c, window, window) + block_flops(c, window, now)
+            if c.carry == 'gated' and window > now:
+                total += 4 * now * c.n_embd ** 2  # the gate, out of [old ; new]
     else:
         total = c.n_layer * block_flops(c, T, T)
     total += 2 * T * c.n_embd * c.vocab_size

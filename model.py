@@ -14,6 +14,7 @@ this segment]; its output gives the logits and is carried on into the next segme
 """
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -32,9 +33,9 @@ class GPTConfig:
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
 
     def __post_init__(self):
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        for key, value in vars(self).items():
+            if type(value) is int and value < (key != 'n_local'):
+                raise ValueError(f"{key} must be at least {int(key != 'n_local')}, not {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -44,18 +45,18 @@ class GPTConfig:
 @dataclass
 class FoldConfig(GPTConfig):
     """Sizes of a FoldGPT: a GPT's, with n_layer = n_local + n_global. Raises ValueError like GPTConfig."""
-    segment_size: int = 12    # l, the local window; the global one is twice as wide
+    segment_size: int = 12  # l, the local window; the global one is twice as wide
     n_local: int = 6
     n_global: int = 6
+    carry: str = 'plain'    # the paper's: a segment's output; 'gated' mixes it with what was carried before
 
     def __post_init__(self):
-        if min(self.segment_size, self.n_local + 1, self.n_global) < 1:
-            raise ValueError(f"a fold needs segment_size >= 1, n_local >= 0 and n_global >= 1, not "
-                             f"{self.segment_size}, {self.n_local} and {self.n_global}")
+        super().__post_init__()
+        self.n_layer = self.n_local + self.n_global
+        if self.carry not in ('plain', 'gated'):
+            raise ValueError(f"carry must be 'plain' or 'gated', not {self.carry!r}")
         if self.block_size % self.segment_size:
             raise ValueError(f"block_size={self.block_size} must be a multiple of segment_size={self.segment_size}")
-        self.n_layer = self.n_local + self.n_global
-        super().__post_init__()
 
 
 class CausalSelfAttention(nn.Module):
@@ -69,9 +70,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, n_out=None, cache=None):
         """x (B, T, C) -> (B, n_out, C): what the last n_out positions gather; by default, all T of them.
-
-        A cache (B, 2, H, S, C/H), S >= T, holds keys and values of S - T positions before x; those of x are filled in.
-        """
+        A cache (B, 2, H, S, C/H), S >= T, holds keys and values of S - T positions before x; those of x are filled in."""
         B, T, C = x.shape
         if n_out in (None, T):
             qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(0, 2, 3, 1, 4)  # (B, 3, H, T, C/H)
@@ -152,25 +151,18 @@ class LocalBlock(Block):
 
 class GlobalBlock(Block):
     """Layer i of the global transformer (eq. 17): a block that is shown the window [past half ; current half].
-
     [X^{s-1}_{N,N+i-1} ; X^s_{N,i-1}] (B, 2l, C) -> [X^{s-1}_{N,N+i} ; X^s_{N,i}], its last n_out positions. Under the
-    causal mask the past half attends within itself (eq. 13), the current half to it and, causally, to itself (eq. 14).
-    """
-
-    def forward(self, window, n_out=None, cache=None):
-        return super().forward(window, n_out, cache)  # eq. 17 in the rows of the current half, eq. 13 in the others
+    causal mask the past half attends within itself (eq. 13), the current half to it and, causally, to itself (eq. 14):
+    Block.forward is eq. 17 in the rows of the current half, eq. 13 in the others."""
 
 
-class State:
+class State(SimpleNamespace):
     """What a model keeps of the tokens it has read: tensors whose rows are those of the batch.
 
     Both: read (B,) int64 on the CPU, the number of tokens. GPT: tokens (B, W), the last ones, and while all that was
     read fits into the window W, their keys and values, cache (B, n_layer, 2, H, W, C/H). FoldGPT, of constant size:
     carry (B, l, C), X^s_{N,N} of the open segment as far as it is read, the carry once it is full; keys and values
     local (B, n_local, 2, H, l, C/H) of the open segment, window (B, n_global, 2, H, 2l, C/H) of [past half ; it]."""
-
-    def __init__(self, **tensors):
-        self.__dict__.update(tensors)
 
     def pick(self, rows):
         """A copy of some rows, in any order and number: rows is a slice, a list or a tensor of indices."""
@@ -193,11 +185,9 @@ class GPT(nn.Module):
         self.config = config
         blocks, window = self.layout()
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(window, config.n_embd),
+            wte=nn.Embedding(config.vocab_size, config.n_embd), wpe=nn.Embedding(window, config.n_embd),
             h=nn.ModuleList(block(config) for block in blocks),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, p in self.named_parameters():
@@ -222,7 +212,6 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, carry=None, all_logits=False):
         """idx (B, T), targets (B, T) -> logits (B, T, V) of the next tokens, their mean loss in nats, None for a carry.
-
         Targets of -1 are left out. Without targets the loss is None, and the logits are those of the last position
         alone, (B, 1, V), unless all_logits. The carry is ignored. Raises ValueError if T is not in 1..block_size."""
         if not 1 <= idx.size(1) <= self.config.block_size:
@@ -301,8 +290,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continue idx (B, T), any T: (B, T + max_new_tokens). The draws are those of sample_token."""
-        how = max_new_tokens, temperature, top_k, top_p, generator
-        return torch.cat([idx, *self.stream(idx, self.new_state(len(idx)), *how)], dim=1)
+        tokens = self.stream(idx, self.new_state(len(idx)), max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat((idx, *tokens), dim=1)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -321,12 +310,17 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 class FoldGPT(GPT):
     """The folded model: the parameters of a GPT with n_local + n_global layers and a window of segment_size."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        if config.carry == 'gated':  # it starts by keeping more of the old than it takes of the new
+            self.carry_gate = nn.Linear(2 * config.n_embd, config.n_embd)
+            nn.init.ones_(self.carry_gate.bias)
+
     def layout(self):
         return [LocalBlock] * self.config.n_local + [GlobalBlock] * self.config.n_global, self.config.segment_size
 
     def forward(self, idx, targets=None, carry=None, all_logits=False):
         """As GPT's, for idx (B, T) from the start of a segment on, of any T >= 1; the last segment may be short.
-
         The carry (B, l, C) is what the call on the tokens before returned, X^s_{N,N} of its last segment; None at the
         start of a sequence. Raises ValueError if T is 0 or the carry is not of a whole segment."""
         shape = (len(idx), self.config.segment_size, self.config.n_embd)
@@ -350,9 +344,16 @@ class FoldGPT(GPT):
         outputs = []
         for x_s in x.split(self.config.segment_size, dim=1):  # s = 1, ..., N_s
             window = x_s if carry is None else torch.cat((carry, x_s), dim=1)  # (B, 2l, C); l for the first segment
-            carry = self.globally(window, n_out=x_s.size(1))
+            carry = self.carried(carry, self.globally(window, x_s.size(1)))
             outputs.append(carry)
         return torch.cat(outputs, dim=1), carry
+
+    def carried(self, old, new):
+        """The output of a segment (B, n, C) as it goes on: new, X^s_{N,N}, or its mixture with the carry before it, old."""
+        if old is None or self.config.carry == 'plain':
+            return new
+        g = self.carry_gate(torch.cat((old[:, :new.size(1)], new), dim=-1)).sigmoid()
+        return g * old[:, :new.size(1)] + (1 - g) * new
 
     def globally(self, window, n_out, caches=None):
         """The global transformer: [X^{s-1}_{N,N} ; X^s_{N,0}] (B, 2l, C) -> X^s_{N,N}, its last n_out positions."""
@@ -363,10 +364,10 @@ class FoldGPT(GPT):
         return last_block(window, n_out, caches[-1])  # eq. 17 with i = N: the current half alone is read
 
     def new_state(self, B=1):
-        c, zeros = self.config, self.lm_head.weight.new_zeros
-        C, H, l = c.n_embd, c.n_head, c.segment_size
-        return State(read=torch.zeros(B, dtype=torch.int64), carry=zeros(B, l, C),
-                     local=zeros(B, c.n_local, 2, H, l, C // H), window=zeros(B, c.n_global, 2, H, 2 * l, C // H))
+        c, l, zeros = self.config, self.config.segment_size, self.lm_head.weight.new_zeros
+        heads = c.n_head, c.n_embd // c.n_head
+        local, window = (zeros(B, n, 2, heads[0], S, heads[1]) for n, S in ((c.n_local, l), (c.n_global, 2 * l)))
+        return State(read=torch.zeros(B, dtype=torch.int64), carry=zeros(B, l, c.n_embd), local=local, window=window)
 
     def read_rows(self, idx, state, read):
         """Whole segments at once, what is less than a segment through the caches."""
@@ -382,8 +383,7 @@ class FoldGPT(GPT):
             if not math.isfinite(torch.linalg.vector_norm(x, math.inf).item()):
                 if n == 1:
                     raise FloatingPointError(f"the state is not finite at token {read}")
-                most = 1  # to find the token
-                continue
+                return [self.read_(token, state) for token in idx.split(1, dim=1)][-1]  # to find the token
             state.carry[:, p:p + n] = x[:, -l:]
             state.read += n
             read, idx = read + n, idx[:, n:]
@@ -391,10 +391,10 @@ class FoldGPT(GPT):
 
     def extend(self, idx, state, p, first):
         """Tokens idx (B, n) of one segment, from place p on, through its caches -> their X^s_{N,N}, (B, n, C).
-
         At p = 0 the window takes the carry along, which fills in the keys and values of the past half, once."""
         l, n, x = self.config.segment_size, idx.size(1), self.embed(idx, p)
         for block, cache in zip(self.transformer.h, state.local[..., :p + n, :].unbind(dim=1)):
             x = block(x, cache=cache)
         window = x if p or first else torch.cat((state.carry, x), dim=1)
-        return self.globally(window, n, state.window[..., l if first else 0:l + p + n, :].unbind(dim=1))
+        x = self.globally(window, n, state.window[..., l if first else 0:l + p + n, :].unbind(dim=1))
+        return self.carried(None if first else state.carry[:, p:p + n], x)

@@ -35,6 +35,7 @@ block_size = 192            # L, tokens of a training sequence; the window of a 
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold
 n_global = 2                # global layers of a fold
+carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the carry before
 n_layer = 4                 # layers of a GPT
 n_head = 4                  # attention heads
 n_embd = 128                # channels
@@ -62,7 +63,7 @@ log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA and float32 elsewhere
-compile = 'auto'            # a fold's segments: 'off', 'kernels' or 'graphs' (CUDA graphs); 'auto': kernels on CUDA
+compile = 'auto'            # 'off', 'kernels' or 'graphs' (CUDA graphs); 'auto' is 'kernels' on CUDA, else 'off'
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 config = configure(globals())
 
@@ -265,7 +266,7 @@ if init_from == 'scratch':
 elif init_from == 'resume':
     model = load_model(checkpoint, device=device)
 else:
-    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'dropout')
+    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'carry', 'dropout')
     model = load_model(checkpoint, model_type, device, **{key: config[key] for key in own})
     if model.config.vocab_size < meta['vocab_size']:
         raise SystemExit(f"error: the checkpoint knows {model.config.vocab_size} tokens, data set '{dataset}' has "
@@ -279,7 +280,7 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 
 half = dtype == 'bfloat16' or dtype == 'auto' and device.startswith('cuda')
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if half else nullcontext()
-training.compile_segments(model, batch_size // WORLD, compile, device, autocast)
+training.compile_model(model, batch_size // WORLD, compile, device, autocast)
 trained = training.parallel(model, device)
 if RANK:
     torch.manual_seed(seed + RANK)  # the weights are the same everywhere, what dropout drops is not
@@ -346,5 +347,4 @@ for it in range(start, max_iters):
 else:
     print(f"done in {(time.perf_counter() - begun) / 60:.1f} minutes; "
           f"python sample.py --out_dir={os.path.relpath(out_dir)}")
-stop.done()
-training.leave()
+training.leave(stop)

@@ -1,5 +1,5 @@
 """
-What training at any length rests on: back-propagation chunk by chunk, several processes, compiled segments, signals.
+What training at any length rests on: back-propagation chunk by chunk, several processes, compiling, signals.
 """
 import atexit
 import os
@@ -189,12 +189,13 @@ def join(device):
     return f'cuda:{LOCAL_RANK}' if cuda else device
 
 
-def leave():
-    """End this process, one of several, when its run is done.
+def leave(stop):
+    """Answer signals as usual again; and end this process, when the run is done, if it is one of several.
 
     Not through the interpreter's own end: a thread of gloo's that lets go of its last tensor then, which needs the
     interpreter, aborts the process (seen in 4 of 60 short runs on a busy machine).
     """
+    stop.done()
     if WORLD > 1:
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -265,42 +266,48 @@ class Stop:
         return int(wanted)
 
 
-# --- compiled segments ------------------------------------------------------------------------------------------
+# --- compiling --------------------------------------------------------------------------------------------------
 
 COMPILE = {'auto': None, 'off': None, 'kernels': 'default', 'graphs': 'reduce-overhead'}  # modes of torch.compile
 
 
-def compile_segments(model, B, how, device, autocast=nullcontext()):
-    """Compile the step of the segment loop, in place: FoldGPT.globally on whole windows, B rows of 2l positions.
+def compile_model(model, B, how, device, autocast=nullcontext()):
+    """Compile what an update on B rows runs most, in place: of a fold, the step of the segment loop, `globally` on
+    whole windows (B, 2l, C); of a GPT, all of its blocks, `hidden` on (B, block_size) tokens. Other shapes stay eager.
 
-    how: 'kernels' fuses its operations, 'graphs' replays it as a CUDA graph as well, 'off' does nothing; 'auto' is
-    'kernels' on CUDA, as compiling did not pay on CPUs. It is tried out, backward too; if that fails, a line says
-    so and everything stays as it is. Returns whether the model is compiled; a GPT never is.
+    how: 'kernels' fuses operations, 'graphs' replays them as a CUDA graph as well, 'off' does nothing; 'auto' is
+    'kernels' on CUDA and 'off' elsewhere. It is tried out, backward too; if that fails, a line says so and everything
+    stays as it is. Returns whether the model is compiled.
     """
     if how == 'auto':
         how = 'kernels' if device.startswith('cuda') else 'off'
-    if how == 'off' or not isinstance(model, FoldGPT):
+    if how == 'off':
         return False
-    l, eager = model.config.segment_size, model.globally
+    c, fold = model.config, isinstance(model, FoldGPT)
+    name, T, usual = ('globally', 2 * c.segment_size, c.segment_size) if fold else ('hidden', c.block_size, 0)
+    eager = getattr(model, name)
     compiled = torch.compile(eager, mode=COMPILE[how], dynamic=False)
 
-    def globally(window, n_out, caches=None):
-        if caches or n_out != l or window.shape[:2] != (B, 2 * l):
-            return eager(window, n_out, caches)
-        carry = compiled(window, n_out)
-        return carry.clone() if how == 'graphs' else carry  # the next replay writes where this one did
+    def step(x, n=usual, cache=None):  # n: how many positions a fold computes at last; the first position of a GPT
+        if cache is not None or n != usual or x.shape[:2] != (B, T):
+            return eager(x, n, cache)
+        x = compiled(x, n)
+        return x.clone() if how == 'graphs' else x  # the next replay writes where this one did
     try:
         with torch.random.fork_rng(), autocast:
-            carry = window = torch.zeros(B, 2 * l, model.config.n_embd, device=device, requires_grad=True)
-            for _ in range(3):  # as the loop does: several steps forward, then as many backward
-                carry = globally(window, l)
-                window = torch.cat((carry, carry), dim=1)
-        carry.sum().backward()
+            if fold:
+                x = window = torch.zeros(B, T, c.n_embd, device=device, requires_grad=True)
+                for _ in range(3):  # as the loop does: several steps forward, then as many backward
+                    x = step(window)
+                    window = torch.cat((x, x), dim=1)
+            else:
+                x = step(torch.zeros(B, T, dtype=torch.int64, device=device))
+        x.sum().backward()
     except Exception as error:  # a compiler can fail in any way
         print(f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:80]}); "
               f"going on without it")
         return False
     finally:
         model.zero_grad(set_to_none=True)
-    model.globally = globally
+    setattr(model, name, step)
     return True

@@ -20,9 +20,9 @@ l, VOCAB = 3, 11
 EXACT = dict(rtol=0, atol=1e-10)
 
 
-def make_fold(segments=8, dropout=0.0, l=l, n_local=2, n_global=2):
+def make_fold(segments=8, dropout=0.0, l=l, n_local=2, n_global=2, carry='plain'):
     model = FoldGPT(FoldConfig(block_size=segments * l, segment_size=l, vocab_size=VOCAB, n_head=2, n_embd=8, bias=True,
-                               n_local=n_local, n_global=n_global, dropout=dropout)).double()
+                               n_local=n_local, n_global=n_global, dropout=dropout, carry=carry)).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -35,12 +35,13 @@ def batch(T, B=2):
 
 def gradients(model):
     """The gradients there are, as copies, taken off the model."""
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return grads
 
 
 def assert_close(a, b, **tolerance):
+    assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **tolerance, msg=name)
 
@@ -50,9 +51,10 @@ def assert_close(a, b, **tolerance):
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 @pytest.mark.parametrize('T', [l, 5 * l, 5 * l + 1])
 @pytest.mark.parametrize('carried', [False, True])
-def test_recomputed_gradients_are_the_full_ones(dropout, T, carried):
+@pytest.mark.parametrize('kind', ['plain', 'gated'])
+def test_recomputed_gradients_are_the_full_ones(dropout, T, carried, kind):
     """With dropout the full side runs segment by segment too: only so are its masks drawn in the same order."""
-    model, (x, y) = make_fold(dropout=dropout), batch(T)
+    model, (x, y) = make_fold(dropout=dropout, carry=kind), batch(T)
     first = torch.randn(2, l, 8, dtype=torch.float64) if carried else None
     torch.manual_seed(1)
     losses, carry = [], first
@@ -412,7 +414,7 @@ def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
         assert [x for _, x in two] == pytest.approx([x for _, x in one], abs=1e-5)
 
 
-# --- compiled segments ------------------------------------------------------------------------------------------
+# --- compiling --------------------------------------------------------------------------------------------------
 
 def test_the_compiled_step_is_used_and_gives_the_same(monkeypatch):
     """The wiring, with a back-end that needs no compiler."""
@@ -425,13 +427,22 @@ def test_the_compiled_step_is_used_and_gives_the_same(monkeypatch):
     model, (x, y) = make_fold().float(), batch(5 * l)
     backpropagate(model, x, y)
     expected = gradients(model)
-    assert training.compile_segments(model, 2, 'kernels', 'cpu') and len(calls) == 3  # tried out
+    assert training.compile_model(model, 2, 'kernels', 'cpu') and len(calls) == 3  # tried out
     for recompute in (False, True):
         backpropagate(model, x, y, recompute=recompute)
         assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 3 + 4 + 3 + 4  # all segments but the first; once more in backward, but for the last
     model(x[:1], y[:1])
     assert len(calls) == 14  # of another batch, or short, a segment is not compiled
+    gpt, (x, y) = GPT(GPTConfig(block_size=12, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=8)), batch(12)
+    backpropagate(gpt, x, y)
+    expected = gradients(gpt)
+    assert training.compile_model(gpt, 2, 'kernels', 'cpu') and len(calls) == 15
+    backpropagate(gpt, x, y)
+    assert_close(gradients(gpt), expected, rtol=1e-4, atol=1e-5)
+    gpt(x[:, :5])
+    assert len(calls) == 16
+    torch.testing.assert_close(gpt.eval().read(x)[0], gpt(x)[0][:, -1])  # through the cache, and compiled
 
 
 def test_a_compiler_that_fails_is_left_out_with_a_line(train, monkeypatch, tmp_path):
@@ -448,7 +459,7 @@ def test_a_compiler_that_fails_is_left_out_with_a_line(train, monkeypatch, tmp_p
 
 @pytest.mark.parametrize('make, T', [
     (lambda: make_fold(l=4), 4), (lambda: make_fold(l=4), 32), (lambda: make_fold(l=4), 31), (lambda: make_fold(l=4, n_local=0), 16),
-    (lambda: make_fold(l=5, n_local=1, n_global=3), 35),
+    (lambda: make_fold(l=5, n_local=1, n_global=3), 35), (lambda: make_fold(l=4, carry='gated'), 31),
     (lambda: GPT(GPTConfig(block_size=64, vocab_size=VOCAB, n_layer=3, n_head=2, n_embd=8)), 64),
     (lambda: GPT(GPTConfig(block_size=64, vocab_size=VOCAB, n_layer=3, n_head=2, n_embd=8)), 17)])
 def test_flops_are_those_that_torch_counts(make, T):

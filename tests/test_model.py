@@ -281,6 +281,24 @@ def test_the_last_global_layer_computes_only_what_is_read():
     assert counter.get_total_flops() == 2 * (keys_values + queries + attention + rest)
 
 
+def test_a_gated_carry_is_a_mixture_place_by_place_of_old_and_new():
+    model, idx = make_fold(carry='gated'), tokens(2, 3 * L_SEGMENT)
+    W, b = model.carry_gate.weight, model.carry_gate.bias
+    expected, outputs = None, []
+    for x in model.local(idx).split(L_SEGMENT, dim=1):
+        new = model.globally(x if expected is None else torch.cat((expected, x), dim=1), n_out=L_SEGMENT)
+        if expected is not None:
+            g = 1 / (1 + torch.exp(-torch.einsum('btc,dc->btd', torch.cat((expected, new), dim=-1), W) - b))
+            new = g * expected + (1 - g) * new
+        expected = new
+        outputs.append(new)
+    logits, _, carry = model(idx, all_logits=True)
+    torch.testing.assert_close(carry, expected, **TOLERANCE)
+    torch.testing.assert_close(logits, model.head(torch.cat(outputs, dim=1), all_logits=True)[0], **TOLERANCE)
+    assert (torch.sigmoid(FoldGPT(FoldConfig(block_size=12, carry='gated', vocab_size=VOCAB)).carry_gate.bias) > 0.7).all()  # it starts by keeping
+    assert not hasattr(make_fold(), 'carry_gate')  # a plain fold has a GPT's parameters
+
+
 def test_carry_is_the_output_before_the_final_norm():
     model, idx = make_fold(), tokens(2, 2 * L_SEGMENT)
     logits, _, carry = model(idx, all_logits=True)
@@ -360,7 +378,8 @@ def test_sizes_that_no_gpt_can_have(sizes, message):
 
 @pytest.mark.parametrize('sizes, message', [
     (dict(block_size=100, segment_size=12), 'block_size=100 must be a multiple of segment_size=12'),
-    (dict(segment_size=0), 'segment_size >= 1'), (dict(n_global=0), 'n_global >= 1'), (dict(n_head=5), 'n_head=5')])
+    (dict(segment_size=0), 'segment_size must be at least 1'), (dict(n_global=0), 'n_global must be at least 1'),
+    (dict(n_local=-1), 'n_local must be at least 0'), (dict(n_head=5), 'n_head=5'), (dict(carry='half'), "not 'half'")])
 def test_sizes_that_no_fold_can_have(sizes, message):
     with pytest.raises(ValueError, match=message):
         FoldConfig(**{'block_size': 96, **sizes})

@@ -79,12 +79,13 @@ def test_samples_share_the_prompt_and_not_the_draws(sample):
 def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path):
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu',
                                 '--max_new_tokens=1000000', f"--save_state={tmp_path / 'state'}"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)  # communicate misses what is buffered
     begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    out, err = (begun + out).decode(), err.decode()
     assert process.returncode == 0 and 'Traceback' not in err
-    assert f'{len(begun + out) - 1:,} tokens condensed' in err and (tmp_path / 'state').exists()
+    assert f'{len(out) - 1:,} tokens condensed' in err and (tmp_path / 'state').exists()
 
 
 def test_words_are_never_cut_between_two_blocks_of_a_prompt(run, model_dir, tmp_path):

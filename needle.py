@@ -1,0 +1,456 @@
+"""
+The needle: a key is shown once, filler follows, then the key is asked for. How far does a model remember it?
+
+    python needle.py config/fold_needle.py       # trains, then prints recall against distance
+    python needle.py config/gpt_needle.py        # the same for a GPT of a window of two segments
+    python needle.py config/fold_needle.py --filler=text --out_dir=out/fold_needle_text
+    python needle.py config/fold_needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48  # a trained one again
+    python needle.py --draw=out/fold_needle/recall.json,out/gpt_needle/recall.json  # both in one picture
+
+A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
+The answer counts if all of its digits are right. With pairs there are up to so many needles, one a segment, each with
+a name after its MARK, and then ASK NAME asks for all of them, in any order: how much fits into the memory.
+"""
+import json
+import os
+import sys
+import time
+
+from configurator import configure, show
+
+# run
+out_dir = 'out/needle'      # folder of the checkpoint, the log and recall.json
+init_from = 'scratch'       # 'scratch', or a run or checkpoint of this script to start from
+overwrite = False           # start over in an out_dir that holds another run
+draw = ''                   # nothing but a picture, recall.png beside the first of these files, separated by commas
+seed = 1337                 # of the weights and of every sequence
+# task
+filler = 'symbols'          # 'symbols' (random ones) or 'text' (stretches of a prepared data set)
+symbols = 16                # different filler symbols
+dataset = 'shakespeare'     # of filler 'text': its training split trains, its validation split tests
+data_dir = 'data'           # folder of the prepared data sets
+key_length = 5              # digits of a key
+pairs = 0                   # most named needles in a sequence; 0 is one needle without a name, at any distance
+names = 64                  # different names
+# model
+model_type = 'fold'         # 'fold' or 'gpt'
+segment_size = 12           # l, tokens of a fold's segment
+n_local = 1                 # local layers of a fold
+n_global = 2                # global layers of a fold
+carry = 'plain'             # a fold's: 'plain' or 'gated'
+block_size = 24             # window of a GPT
+n_layer = 3                 # layers of a GPT
+n_head = 2                  # attention heads
+n_embd = 64                 # channels
+# training
+batch_size = 64             # new sequences of an update, and at most as many that walk on
+longest = 8                 # segments before the two of the question, once the curriculum has grown
+grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment
+leave = 0.01                # share of the walking sequences that leave at each update, though they remember
+max_iters = 3000            # updates
+learning_rate = 2e-3        # AdamW's, after warm-up
+warmup_iters = 100          # updates of linear warm-up
+decay_from = 0.6            # share of the updates after which the learning rate falls, linearly to 0
+weight_decay = 0.01         # of matrices and embeddings
+beta2 = 0.98                # AdamW's; its beta1 is 0.9
+grad_clip = 1.0             # largest norm of the gradient
+log_interval = 100          # updates between log lines, each with the recall at probe_distance
+probe_distance = 192        # tokens of filler; the update at which recall there first reaches 0.99 is noted
+# evaluation
+distances = '12,48,192,768,3072,12288,49152,1000000'  # tokens of filler between key and question
+sequences = 200             # fresh sequences at each distance
+far = 100000                # from this distance on there are far_sequences
+far_sequences = 100         # fresh sequences at far distances
+# machine
+device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
+threads = 0                 # CPU threads; 0 leaves it to torch
+config = configure(globals())
+
+
+
+def picture(files):
+    """Recall against distance of several runs, from their recall.json. Raises SystemExit if one is missing or no such file."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for name in files:
+        try:
+            with open(name) as f:
+                result = json.load(f)
+            rows, c = result['recall'], result['config']
+            points = [(row['distance'], row['recall'], row['recall'] - row['low'], row['high'] - row['recall']) for row in rows]
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(f"error: {name} is no recall.json of a needle at a distance ({type(error).__name__})") from None
+        kind = f"fold, window {c['segment_size']}, {c['carry']}" if result['model'] == 'fold' else f"GPT, window {c['block_size']}"
+        x, y, low, high = zip(*points)
+        axes.errorbar(x, y, (low, high), fmt='o-', ms=3, capsize=2, label=f"{kind}, {c['filler']}, seed {c['seed']}")
+        axes.axhline(result['chance'], color='gray', lw=0.8)
+    axes.set(xscale='log', xlabel='tokens of filler between key and question', ylabel='keys recalled', ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path = os.path.join(os.path.dirname(files[0]), 'recall.png')
+    figure.savefig(path, dpi=110)
+    print(f"written to {path}")
+
+
+if draw:
+    picture(draw.split(','))
+    raise SystemExit(0)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import checkpoint as ckpt  # noqa: E402
+import training  # noqa: E402
+from model import FoldGPT  # noqa: E402
+from prepare import load_meta, prepare  # noqa: E402
+
+ALPHABET = 10  # digits of keys
+
+
+class Task:
+    """Draws sequences. Tokens: filler from 0 on, then ten digits, MARK, ASK, and the names if there are any."""
+
+    def __init__(self, split, seed):
+        self.draw = torch.Generator().manual_seed(seed)
+        self.text = None
+        if filler == 'text':
+            folder = os.path.join(ckpt.ROOT, data_dir, dataset)
+            if not os.path.exists(os.path.join(folder, 'meta.json')):
+                prepare(dataset, data_dir=data_dir)
+            self.text = torch.from_numpy(np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16).astype(np.int64))
+        self.first_digit = load_meta(folder)['vocab_size'] if filler == 'text' else symbols
+        self.mark, self.ask = self.first_digit + ALPHABET, self.first_digit + ALPHABET + 1
+        self.first_name = self.ask + 1
+        self.vocab_size = self.first_name + (names if pairs else 0)
+
+    def integers(self, low, high, *shape):
+        return torch.randint(low, high, shape, generator=self.draw)
+
+    def filling(self, B, T, at=None):
+        """B rows of T tokens of filler, (B, T); text from random places, or from places at (B,) of the split, round and round."""
+        if self.text is None:
+            return self.integers(0, symbols, B, T)
+        at = self.integers(0, len(self.text), B) if at is None else at
+        return self.text[(at[:, None] + torch.arange(T)) % len(self.text)]
+
+    def keys(self, B):
+        """Digits of B keys, (B, key_length)."""
+        return self.integers(self.first_digit, self.first_digit + ALPHABET, B, key_length)
+
+    def put_key(self, x, keys, start):
+        """MARK and the digits into x (B, T), in place, from place start (B,) of each row on."""
+        needle = torch.cat((torch.full_like(keys[:, :1], self.mark), keys), dim=1)
+        x.scatter_(1, start[:, None] + torch.arange(needle.size(1)), needle)
+
+    def put_question(self, x, keys, start):
+        """ASK and the answer into x (B, T), in place, from place start (B,) on. Returns the targets (B, T): the digits, else -1."""
+        y = torch.full_like(x, -1)
+        y.scatter_(1, start[:, None] + torch.arange(key_length), keys)
+        shown = torch.cat((torch.full_like(keys[:, :1], self.ask), keys[:, :-1]), dim=1)
+        x.scatter_(1, start[:, None] + torch.arange(key_length), shown)
+        return y
+
+    def new(self, B, T, tail):
+        """B sequences of T tokens with a key anywhere and its question in the last `tail` tokens.
+
+        Returns tokens (B, T), targets (B, T), keys (B, key_length), and the place after each key (B,).
+        """
+        x, keys = self.filling(B, T), self.keys(B)
+        asked = self.integers(max(T - tail, key_length + 1), T - key_length + 1, B)
+        start = (torch.rand(B, generator=self.draw) * (asked - key_length)).long()
+        self.put_key(x, keys, start)
+        return x, self.put_question(x, keys, asked), keys, start + key_length + 1
+
+    def old(self, keys, T, tail):
+        """Filler for rows that have read their keys before, with the question in the last `tail` tokens: tokens, targets."""
+        x = self.filling(len(keys), T)
+        return x, self.put_question(x, keys, self.integers(T - tail, T - key_length + 1, len(keys)))
+
+
+    def several(self, B, n):
+        """B sequences with n named needles, one a segment, then as many questions as fit into each segment.
+
+        Returns tokens and targets, (B, T) each, -1 but where a digit is asked for.
+        """
+        l, k = segment_size, key_length
+        per_segment = l // (k + 2)
+        x, keys = self.filling(B, (n - (-n // per_segment)) * l), self.keys(B * n).view(B, n, k)
+        y = torch.full_like(x, -1)
+        name = self.first_name + torch.rand(B, names, generator=self.draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
+        needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                       # (B, n, k + 2)
+        start = torch.arange(n) * l + self.integers(0, l - k - 1, B, n)
+        x.scatter_(1, (start[..., None] + torch.arange(k + 2)).view(B, -1), needle.view(B, -1))
+        order = torch.rand(B, n, generator=self.draw).argsort(dim=1)[..., None]
+        question = needle.gather(1, order.expand(-1, -1, k + 2))
+        question[..., 0] = self.ask
+        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * (k + 2)
+        x.scatter_(1, (asked[:, None] + torch.arange(k + 2)).view(1, -1).expand(B, -1), question.view(B, -1))
+        y.scatter_(1, (asked[:, None] + 1 + torch.arange(k)).view(1, -1).expand(B, -1), question[..., 2:].reshape(B, -1))
+        return x, y
+
+
+def answered(logits, targets):
+    """Which rows have the likeliest token right at all of their targets (B, T), -1 left out: (B,)."""
+    return ((logits.argmax(dim=-1) == targets) | (targets < 0)).all(dim=1)
+
+
+class Walkers:
+    """Sequences that go on from update to update for as long as they remember: roll-outs of any depth, of which an
+    update pays for the last segments alone. It reads filler into each and asks it, aside, for its key; a row that
+    answers wrong leaves, as do some by chance, and new sequences take their places."""
+
+    def __init__(self, R, l, C):
+        self.keys = torch.zeros(R, key_length, dtype=torch.int64)
+        self.carry = torch.zeros(R, l, C, device=device)
+        self.age = torch.zeros(R, dtype=torch.int64)  # tokens since the key
+        self.there = torch.zeros(R, dtype=torch.bool)
+
+    def refill(self, keys, carry, age, fit):
+        """Put new sequences, those of the B that are fit (B,), into places that are empty."""
+        places, rows = (~self.there).nonzero()[:, 0], fit.nonzero()[:, 0]
+        n = min(len(places), len(rows))
+        places, rows = places[:n], rows[:n]
+        self.keys[places], self.age[places], self.there[places] = keys[rows], age[rows], True
+        self.carry[places] = carry[rows]
+
+    def mean_age(self):
+        return self.age[self.there].float().mean().item() if self.there.any() else 0.0
+
+
+def read_and_ask(x, y, carry):
+    """Read x (B, T) up to its last two segments, and then, aside, those, with the question: targets y (B, T).
+
+    Returns the loss, which rows are right (B,), and the carry before the question (None for a GPT, or if T = 2l).
+    """
+    x, l = x.to(device), segment_size
+    if isinstance(model, FoldGPT) and x.size(1) > 2 * l:
+        carry = model(x[:, :-2 * l], carry=carry)[2]
+        x, y = x[:, -2 * l:], y[:, -2 * l:]
+    W = min(model.config.block_size, x.size(1))  # a GPT reads its windows side by side
+    logits, loss, _ = model(x.reshape(-1, W), y.reshape(-1, W).to(device), carry)
+    return loss, answered(logits.detach().cpu().view(*y.shape, -1), y), carry
+
+
+def step_on_pairs(n):
+    """One update on sequences of n named needles. Returns the loss and the share of the needles that are right."""
+    x, y = task.several(batch_size, n)
+    logits, loss, _ = model(x.to(device), y.to(device))
+    update(loss)
+    return loss.item(), share_of_pairs(logits, y)
+
+
+def share_of_pairs(logits, y):
+    """The share of answers of key_length digits each that are right."""
+    return (logits.detach().argmax(dim=-1).cpu() == y)[y >= 0].view(-1, key_length).all(dim=1).float().mean().item()
+
+
+def update(loss):
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_step(F):
+    """One update on new sequences, F segments and the two of the question, and on the walkers. Returns loss, recall."""
+    l = segment_size
+    T = (F + 2) * l if isinstance(model, FoldGPT) else max(2 * l, block_size)
+    x, y, keys, after = task.new(batch_size, T, 2 * l if isinstance(model, FoldGPT) else T)
+    loss, right, carry = read_and_ask(x, y, None)
+    rows = walkers.there.nonzero()[:, 0]
+    if len(rows):
+        x, y = task.old(walkers.keys[rows], T, 2 * l)
+        loss_old, right_old, carry_old = read_and_ask(x, y, walkers.carry[rows])
+        loss = loss + loss_old * len(rows) / batch_size
+    update(loss)
+    if len(rows):
+        walkers.carry[rows], walkers.age[rows] = carry_old.detach(), walkers.age[rows] + F * l
+        walkers.there[rows] = right_old & (torch.rand(len(rows), generator=task.draw) >= leave)
+    if F and carry is not None:
+        walkers.refill(keys, carry.detach(), F * l - after, right & (after <= F * l))
+    return loss.item(), right.float().mean().item()
+
+
+def lr_at(it):
+    """Learning rate of update it: linear warm-up, constant, linear decay to 0."""
+    return learning_rate * min((it + 1) / warmup_iters, 1.0, (max_iters - it) / max(1, max_iters * (1 - decay_from)))
+
+
+def train():
+    """All updates. Returns the log: a record every log_interval updates, and one whenever the curriculum grows."""
+    stage, recall, log, begun = 1, 0.0, [], time.perf_counter()
+    model.train()
+    for it in range(max_iters):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(it)
+        hardest = torch.rand((), generator=task.draw) < 0.5
+        F = stage if hardest else int(task.integers(1 if pairs else 0, stage + 1, 1))
+        loss, right = step_on_pairs(F) if pairs else train_step(F)
+        recall += 0.1 * (right - recall) * (F == stage)
+        grows = recall > grow_at and stage < (pairs or longest) and isinstance(model, FoldGPT)
+        last = it + 1 == max_iters or stop.wanted()
+        if grows or last or (it + 1) % log_interval == 0:
+            seconds = time.perf_counter() - begun
+            model.eval()
+            far = recall if pairs else evaluate([probe_distance], 200)[probe_distance] / 200
+            model.train()
+            begun += time.perf_counter() - begun - seconds  # evaluating is not training
+            log.append({'iter': it + 1, 'seconds': seconds, 'loss': loss, 'segments': stage, 'recall': recall,
+                        'recall_at_probe_distance': far, 'walkers': int(walkers.there.sum()), 'age': walkers.mean_age()})
+            rest = '' if pairs else (f" and {far:.3f} at {probe_distance} tokens, {log[-1]['walkers']} walkers of "
+                                     f"{log[-1]['age']:,.0f} tokens")
+            print(f"iter {it + 1}: loss {loss:.4f}, recall {recall:.3f} at {stage} {'pairs' if pairs else 'segments'}"
+                  f"{rest}, {seconds:.0f} s", flush=True)
+        if grows:
+            stage, recall = stage + 1, 0.0
+        if stop.wanted():
+            break
+    return log
+
+
+@torch.no_grad()
+def evaluate(lengths, n, progress=False):
+    """{d: sequences answered right with d tokens of filler between key and question}: n fresh ones of the test split,
+    each asked, aside, at every distance. Their phases against the segments differ, by groups."""
+    right, begun = {d: 0 for d in lengths}, time.perf_counter()
+    test = Task('val', seed + 1_000_003 * (1 + n))
+    sizes = [n // 4 + (i < n % 4) for i in range(min(4, n))]
+    for g, B in enumerate(sizes):
+        lead, keys = int(test.integers(0, segment_size, 1)), test.keys(B)
+        at = None if test.text is None else test.integers(0, len(test.text), B)
+        mark = torch.full((B, 1), test.mark)
+        state, read = model.new_state(B), 0
+        model.read_(torch.cat((test.filling(B, lead), mark, keys), dim=1).to(device), state)
+        for d in sorted(lengths):
+            while read < d:
+                T = min(d - read, 6144)
+                model.read_(test.filling(B, T, None if at is None else at + read).to(device), state)
+                read += T
+                if progress and read % (6144 * 16) == 0:
+                    done = (g + read / max(lengths)) / len(sizes)
+                    print(f"{done:.0%} of the way to {max(lengths):,} tokens, "
+                          f"{(time.perf_counter() - begun) * (1 / done - 1):.0f} s left", file=sys.stderr, flush=True)
+            aside, good, token = state.clone(), torch.ones(B, dtype=torch.bool), torch.full((B,), test.ask)
+            for i in range(key_length):
+                good &= model.read_(token[:, None].to(device), aside).argmax(dim=-1).cpu() == keys[:, i]
+                token = keys[:, i]
+            right[d] += int(good.sum())
+    return right
+
+
+def interval(right, n, z=1.96):
+    """The 95 % interval of a share, right of n (Wilson)."""
+    p, center = right / n, (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+@torch.no_grad()
+def pairs_table():
+    """Recall of one, two, ... named needles: a list of records."""
+    table, test = [], Task('val', seed + 1_000_003)
+    for n in range(1, pairs + 1):
+        x, y = test.several(sequences, n)
+        right = sum(share_of_pairs(model(a.to(device), b.to(device))[0], b) * len(a) / sequences
+                    for a, b in zip(x.split(50), y.split(50)))
+        table.append({'pairs': n, 'recall': right, 'sequences': sequences})
+        print(f"{n:>3} pairs: recall {right:.3f}, {n * sequences} answers", flush=True)
+    print(f"most pairs recalled at 0.9: {max((row['pairs'] for row in table if row['recall'] >= 0.9), default=0)}; "
+          f"chance: {ALPHABET ** -key_length:g}")
+    return table
+
+
+def recall_table(lengths):
+    """Recall at every distance: a list of records."""
+    table = []
+    for some, n in (([d for d in lengths if d < far], sequences), ([d for d in lengths if d >= far], far_sequences)):
+        for d, right in (evaluate(some, n, progress=True) if some else {}).items():
+            low, high = interval(right, n)
+            table.append({'distance': d, 'right': right, 'sequences': n, 'recall': right / n, 'low': low, 'high': high})
+            print(f"{d:>9,} tokens: recall {right / n:.3f} [{low:.3f}, {high:.3f}], {right} of {n} sequences", flush=True)
+    print(f"chance: {ALPHABET ** -key_length:g}")
+    return table
+
+
+def numbers(text):
+    """'12,48' -> [12, 48]. Raises SystemExit for anything else."""
+    if all(part.strip().isdigit() for part in text.split(',')):
+        return sorted({int(part) for part in text.split(',')})
+    raise SystemExit(f"error: distances must be whole numbers separated by commas, not {text!r}")
+
+
+def check_config():
+    """Refuse what would fail later."""
+    least = dict(symbols=1, key_length=1, pairs=0, batch_size=1, longest=1, max_iters=0, warmup_iters=1, log_interval=1,
+                 sequences=1, far_sequences=1, threads=0, probe_distance=0)
+    for key, value in least.items():
+        if config[key] < value:
+            raise SystemExit(f"error: {key} must be at least {value}, not {config[key]}")
+    if filler not in ('symbols', 'text'):
+        raise SystemExit(f"error: filler must be 'symbols' or 'text', not {filler!r}")
+    if 2 * key_length + 2 > 2 * segment_size:
+        raise SystemExit(f"error: a key of {key_length} digits and its question do not fit into two segments of {segment_size}")
+    if pairs and (key_length + 2 > segment_size or pairs > names or model_type == 'gpt'):
+        raise SystemExit(f"error: pairs={pairs} needs a fold, as many names, not {names}, and digits that fit into a segment "
+                         f"with MARK and name, not {key_length}: --key_length=1")
+    if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
+        raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
+    if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
+        raise SystemExit(f"error: {target} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
+
+
+target = os.path.join(ckpt.ROOT, out_dir)
+lengths = numbers(distances)
+check_config()
+device = ckpt.pick_device(device)
+if threads:
+    torch.set_num_threads(threads)
+torch.manual_seed(seed)
+task = Task('train', seed)
+if init_from == 'scratch':
+    window = block_size if model_type == 'gpt' else segment_size * (longest + 2)
+    model = ckpt.make_model(model_type, {**config, 'vocab_size': task.vocab_size, 'bias': False, 'dropout': 0.0,
+                                         'block_size': window}).to(device)
+else:
+    model = ckpt.load_model(ckpt.load(ckpt.find_file(init_from), device), device=device)
+    if model.config.vocab_size != task.vocab_size:
+        raise SystemExit(f"error: {init_from} knows {model.config.vocab_size} tokens, this task has {task.vocab_size}: "
+                         f"give the filler and symbols it was trained with")
+    segment_size = getattr(model.config, 'segment_size', segment_size)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (0.9, beta2), device.split(':')[0])
+walkers = Walkers(batch_size, segment_size, model.config.n_embd)
+stop = training.Stop()
+made_by = ckpt.provenance(device)
+print(show(config))
+print(f"{model_type} with {model.num_params():,} parameters on {device} ({made_by['hardware']})")
+begun = time.perf_counter()
+log = train()
+trained = time.perf_counter() - begun
+if max_iters:
+    ckpt.save(os.path.join(target, 'ckpt.pt'), {
+        'model_type': model_type, 'model_args': ckpt.model_args(model), 'model': model.state_dict(), 'config': config,
+        'iter_num': log[-1]['iter'] if log else 0, 'provenance': made_by})
+    print(f"trained in {trained / 60:.1f} minutes, saved in {target}")
+    if stop.wanted():
+        print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
+              f"--max_iters=0 does that")
+        raise SystemExit(0)
+stop.done()
+model.eval()
+try:
+    table = pairs_table() if pairs else recall_table(lengths)
+except KeyboardInterrupt:
+    raise SystemExit(f"stopped while recall was measured; --init_from={target} --max_iters=0 begins that again") from None
+first = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
+result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
+          'chance': ALPHABET ** -key_length, 'training_minutes': trained / 60,
+          'minutes': (time.perf_counter() - begun) / 60, 'first_0.99_at_probe_distance': first, 'log': log,
+          'config': ckpt.portable(config), 'provenance': made_by}
+os.makedirs(target, exist_ok=True)
+with open(os.path.join(target, 'recall.json'), 'w') as f:
+    json.dump(result, f, indent=1)
+    f.write('\n')
+print(f"{result['minutes']:.1f} minutes in all; written to {os.path.join(target, 'recall.json')}")
