@@ -79,7 +79,8 @@ def picture(files):
             with open(name) as f:
                 result = json.load(f)
             rows, c = result['recall'], result['config']
-            points = [(row['distance'], row['recall'], row['recall'] - row['low'], row['high'] - row['recall']) for row in rows]
+            points = [(row['distance'], row['recall'], max(0, row['recall'] - row['low']), max(0, row['high'] - row['recall']))
+                      for row in rows]
         except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"error: {name} is no recall.json of a needle at a distance ({type(error).__name__})") from None
         kind = f"fold, window {c['segment_size']}, {c['carry']}" if result['model'] == 'fold' else f"GPT, window {c['block_size']}"
