@@ -239,11 +239,11 @@ def numbers(text, key, l=1):
 
 def show(result):
     """The result as a table of text."""
-    lines = [f"{'history':>8}{'loss':>9}{'worth of longer history':>26}{'the same, older text swapped':>34}"]
+    lines = [f"{'history':>8}{'loss':>9}{'worth of longer history':>28}{'the same, older text swapped':>34}"]
     for row in result['context_curve']:
         cells = [f"{row[key]['mean']:.4f} [{row[key]['low']:.4f}, {row[key]['high']:.4f}]" if key in row else ''
                  for key in ('gain', 'swapped')]
-        lines.append(f"{row['history']:>8}{row['loss']['mean']:>9.4f}{cells[0] or 'reference':>26}{cells[1]:>34}".rstrip())
+        lines.append(f"{row['history']:>8}{row['loss']['mean']:>9.4f}{cells[0] or 'reference':>28}{cells[1]:>34}".rstrip())
     kept, longest = result['preserved_context'], result['context_curve'][-1]['history']
     lines.append(f"{result['tokens_scored']:,} tokens scored; 95 % intervals over contiguous stretches")
     lines.append(f"preserved context: history longer than {kept} tokens still lowers the loss (longest: {longest})"
