@@ -5,13 +5,12 @@ Measure what the README states about speed and memory: ratios, taken in one run,
     python bench.py --rounds=3 --contexts=100,1000 --out_dir=out/other
     python bench.py --parts=speed,memory,longest  # training; python bench_training.py has more settings
 """
-import json
 import os
 import statistics
 import sys
 import time
 
-from configurator import configure
+from configurator import configure, numbers
 
 parts = 'generation'  # and of training: 'speed', 'memory' over the length of a sequence, the 'longest' sequence
 out_dir = 'out/fold_shakespeare'  # run whose folded model is measured
@@ -147,12 +146,7 @@ def picture(path, table):
 for key in ('gpt_window', 'window_tokens', 'rounds', 'threads'):
     if config[key] < 1:
         raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
-try:
-    lengths = sorted({int(c) for c in contexts.split(',')})
-except ValueError:
-    lengths = []
-if not lengths or lengths[0] < 1:
-    raise SystemExit(f"error: contexts must be whole numbers separated by commas, such as 100,1000, not {contexts!r}")
+lengths = numbers('contexts', contexts, least=1)
 device = ckpt.pick_device(device)
 torch.set_num_threads(threads)
 torch.manual_seed(seed)
@@ -195,11 +189,9 @@ for name, value in ratios.items():
     print(f"{name}: {value:.3f}{f' (ratio of the medians {of_medians[name]:.3f})' if name in of_medians else ''}")
 print("MB held after reading: " + ', '.join(f"{c:,}: {mb:.1f}" for c, mb in fold_memory.items() if mb))
 results_dir = os.path.join(ckpt.ROOT, results_dir)
-os.makedirs(results_dir, exist_ok=True)
-with open(os.path.join(results_dir, 'generation.json'), 'w') as f:
-    json.dump({'provenance': ckpt.provenance(device), 'config': config, 'table': table, 'ratios': ratios,
-               'ratios_of_medians': of_medians, 'gpt_uncached_tokens_per_s': speed[uncached], 'reading_tokens_per_s': reading,
-               'resident_mb': fold_memory}, f, indent=1)
-    f.write('\n')
+ckpt.save_result(os.path.join(results_dir, 'generation.json'), {
+    'provenance': ckpt.provenance(device), 'config': ckpt.portable(config), 'table': table, 'ratios': ratios,
+    'ratios_of_medians': of_medians, 'gpt_uncached_tokens_per_s': speed[uncached], 'reading_tokens_per_s': reading,
+    'resident_mb': fold_memory})
 picture(os.path.join(results_dir, 'generation.png'), table)
 print(f"written to {results_dir}: generation.json, generation.png")

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import configure
+from configurator import configure, numbers
 
 parts = 'speed,memory,longest'  # what is measured
 sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads, for the speed; memory is measured at the first
@@ -171,7 +171,7 @@ def slope(points):
 def memory_curve(mode, size, c):
     """Points at all block sizes, up to the memory limit."""
     points = []
-    for T in map(int, c['block_sizes'].split(',')):
+    for T in numbers('block_sizes', c['block_sizes']):
         need = points[-1]['peak_mb'] + slope(points) * (T - points[-1]['block_size']) if len(points) > 1 else 0
         if need > 1000 * c['memory_limit_gb']:
             print(f"  {mode:<10} {T:>7}: left out, needs more than {c['memory_limit_gb']} GB", flush=True)
@@ -257,7 +257,7 @@ def defaults():
 def measure(c):
     """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
     import torch
-    from checkpoint import ROOT, pick_device, provenance
+    from checkpoint import ROOT, load_result, pick_device, portable, provenance, save_result
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
@@ -265,28 +265,27 @@ def measure(c):
         torch.set_num_threads(c['threads'])
     torch.manual_seed(1337)
     c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
-    folder = os.path.join(ROOT, c['results_dir'])
-    try:  # parts that are not measured now stay as they were
-        with open(os.path.join(folder, 'training.json')) as f:
-            results = json.load(f)
-    except (OSError, ValueError):
-        results = {}
-    for part in c['parts'].split(','):
-        results.setdefault('made', {})[part] = {'settings': c, 'provenance': provenance(c['device'])}
     for size in c['sizes'].split(','):
         parse(size)
+    numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
+    path = os.path.join(ROOT, c['results_dir'], 'training.json')
+    results = load_result(path) if os.path.exists(path) else {}  # parts that are not measured now stay as they were
+    for part in c['parts'].split(','):
+        results.setdefault('made', {})[part] = {'settings': portable(c), 'provenance': provenance(c['device'])}
+        results[part] = {}
     if 'speed' in c['parts']:
-        results['speed'] = {size: measure_speed(size, c) for size in c['sizes'].split(',')}
+        for size in c['sizes'].split(','):
+            results['speed'][size] = measure_speed(size, c)
+            save_result(path, results)  # each as soon as it is there: they take long
     for part, work in (('memory', memory_curve), ('longest', longest)):
         if part in c['parts']:
             print(f"{part}:")
-            results[part] = {mode: work(mode, first, c) for mode in MODES}
+            for mode in MODES:
+                results[part][mode] = work(mode, first, c)
+                save_result(path, results)
     print(table(results))
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'training.json'), 'w') as f:
-        json.dump(results, f, indent=1)
     if 'memory' in results:
-        draw(results, os.path.join(folder, 'training.png'))
+        draw(results, path.removesuffix('.json') + '.png')
     return results
 
 

@@ -227,6 +227,26 @@ def provenance(device='cpu'):
             'python': platform.python_version(), 'torch': str(torch.__version__)}
 
 
+def save_result(path, result):
+    """Write a result as JSON, its folder made if there is none. Raises SystemExit if it cannot be written."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, 'w') as f:
+            json.dump(result, f, indent=1)
+            f.write('\n')
+    except OSError as error:
+        raise SystemExit(f"error: cannot write {path}: {error.strerror}; the figures are those printed above") from None
+
+
+def load_result(path):
+    """What save_result wrote. Raises SystemExit if there is no such file."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {path} is no result ({getattr(error, 'strerror', None) or 'not JSON'})") from None
+
+
 def portable(config):
     """Settings as a result holds them: paths inside the repository are given from its folder on."""
     inside = ROOT + os.sep

@@ -54,6 +54,20 @@ def configure(namespace, argv=None, positional=None):
     return config
 
 
+def numbers(key, text, least=0, multiple=1):
+    """Return the whole numbers in the text of a setting, such as '12,48,192', each once and rising.
+
+    key: the setting's name, for the message.
+    Raises SystemExit unless they are numbers, not below `least` and multiples of `multiple`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    found = sorted({int(part) for part in parts if part.isdigit()})
+    if all(part.isdigit() for part in parts) and found[0] >= least and not any(n % multiple for n in found):
+        return found
+    kind = f", multiples of {multiple}" if multiple > 1 else ""
+    raise SystemExit(f"error: {key} must be whole numbers from {least} on{kind}, separated by commas, not {text!r}")
+
+
 def show(config):
     """Return a configuration as text, one aligned `key = value` per line.
 

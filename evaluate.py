@@ -104,8 +104,6 @@ def by_place(model, tokens):
 
 def main():
     """Score a run's ckpt.pt on the validation split of the data set that it was trained on."""
-    import json
-
     import numpy as np
 
     import checkpoint as ckpt
@@ -126,11 +124,10 @@ def main():
           f"{len(losses):,} tokens of {saved['data']['dataset']}")
     print(f"by place in the {kind}: {' '.join(f'{loss:.2f}' for loss in places)}")
     if results_file:
-        with open(results_file, 'w') as f:
-            json.dump({'model': saved['model_type'], 'sizes': saved['model_args'], 'loss': mean, 'error': error,
-                       'tokens': len(losses), 'by_place': places, 'iterations': saved['iter_num'],
-                       'config': saved['config'], 'trained': saved['provenance'], 'evaluated': ckpt.provenance(where)}, f, indent=1)
-            f.write('\n')
+        ckpt.save_result(results_file, {
+            'model': saved['model_type'], 'sizes': saved['model_args'], 'loss': mean, 'error': error, 'tokens': len(losses),
+            'by_place': places, 'iterations': saved['iter_num'], 'config': ckpt.portable(saved['config']),
+            'trained': saved['provenance'], 'evaluated': ckpt.provenance(where)})
 
 
 if __name__ == '__main__':

@@ -11,12 +11,11 @@ A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
 The answer counts if all of its digits are right. With pairs there are up to so many needles, one a segment, each with
 a name after its MARK, and then ASK NAME asks for all of them, in any order: how much fits into the memory.
 """
-import json
 import os
 import sys
 import time
 
-from configurator import configure, show
+from configurator import configure, numbers, show
 
 # run
 out_dir = 'out/needle'      # folder of the checkpoint, the log and recall.json
@@ -66,6 +65,14 @@ device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is t
 threads = 0                 # CPU threads; 0 leaves it to torch
 config = configure(globals())
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import checkpoint as ckpt  # noqa: E402
+import training  # noqa: E402
+from model import FoldGPT  # noqa: E402
+from needle_task import DIGITS, NeedleTask  # noqa: E402
+from prepare import load_meta, prepare  # noqa: E402
 
 
 def picture(files):
@@ -75,14 +82,12 @@ def picture(files):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for name in files:
-        try:
-            with open(name) as f:
-                result = json.load(f)
-            rows, c = result['recall'], result['config']
-            points = [(row['distance'], row['recall'], max(0, row['recall'] - row['low']), max(0, row['high'] - row['recall']))
-                      for row in rows]
-        except (OSError, ValueError, KeyError) as error:
-            raise SystemExit(f"error: {name} is no recall.json of a needle at a distance ({type(error).__name__})") from None
+        result = ckpt.load_result(name)
+        if any('distance' not in row for row in result.get('recall', [{}])):
+            raise SystemExit(f"error: {name} is no recall.json of a needle at a distance")
+        c = result['config']
+        points = [(row['distance'], row['recall'], max(0, row['recall'] - row['low']), max(0, row['high'] - row['recall']))
+                  for row in result['recall']]
         kind = f"fold, window {c['segment_size']}, {c['carry']}" if result['model'] == 'fold' else f"GPT, window {c['block_size']}"
         x, y, low, high = zip(*points)
         axes.errorbar(x, y, (low, high), fmt='o-', ms=3, capsize=2, label=f"{kind}, {c['filler']}, seed {c['seed']}")
@@ -96,101 +101,16 @@ def picture(files):
     print(f"written to {path}")
 
 
-if draw:
-    picture(draw.split(','))
-    raise SystemExit(0)
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import checkpoint as ckpt  # noqa: E402
-import training  # noqa: E402
-from model import FoldGPT  # noqa: E402
-from prepare import load_meta, prepare  # noqa: E402
-
-ALPHABET = 10  # digits of keys
-
-
-class Task:
-    """Draws sequences. Tokens: filler from 0 on, then ten digits, MARK, ASK, and the names if there are any."""
-
-    def __init__(self, split, seed):
-        self.draw = torch.Generator().manual_seed(seed)
-        self.text = None
-        if filler == 'text':
-            folder = os.path.join(ckpt.ROOT, data_dir, dataset)
-            if not os.path.exists(os.path.join(folder, 'meta.json')):
-                prepare(dataset, data_dir=data_dir)
-            self.text = torch.from_numpy(np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16).astype(np.int64))
-        self.first_digit = load_meta(folder)['vocab_size'] if filler == 'text' else symbols
-        self.mark, self.ask = self.first_digit + ALPHABET, self.first_digit + ALPHABET + 1
-        self.first_name = self.ask + 1
-        self.vocab_size = self.first_name + (names if pairs else 0)
-
-    def integers(self, low, high, *shape):
-        return torch.randint(low, high, shape, generator=self.draw)
-
-    def filling(self, B, T, at=None):
-        """B rows of T tokens of filler, (B, T); text from random places, or from places at (B,) of the split, round and round."""
-        if self.text is None:
-            return self.integers(0, symbols, B, T)
-        at = self.integers(0, len(self.text), B) if at is None else at
-        return self.text[(at[:, None] + torch.arange(T)) % len(self.text)]
-
-    def keys(self, B):
-        """Digits of B keys, (B, key_length)."""
-        return self.integers(self.first_digit, self.first_digit + ALPHABET, B, key_length)
-
-    def put_key(self, x, keys, start):
-        """MARK and the digits into x (B, T), in place, from place start (B,) of each row on."""
-        needle = torch.cat((torch.full_like(keys[:, :1], self.mark), keys), dim=1)
-        x.scatter_(1, start[:, None] + torch.arange(needle.size(1)), needle)
-
-    def put_question(self, x, keys, start):
-        """ASK and the answer into x (B, T), in place, from place start (B,) on. Returns the targets (B, T): the digits, else -1."""
-        y = torch.full_like(x, -1)
-        y.scatter_(1, start[:, None] + torch.arange(key_length), keys)
-        shown = torch.cat((torch.full_like(keys[:, :1], self.ask), keys[:, :-1]), dim=1)
-        x.scatter_(1, start[:, None] + torch.arange(key_length), shown)
-        return y
-
-    def new(self, B, T, tail):
-        """B sequences of T tokens with a key anywhere and its question in the last `tail` tokens.
-
-        Returns tokens (B, T), targets (B, T), keys (B, key_length), and the place after each key (B,).
-        """
-        x, keys = self.filling(B, T), self.keys(B)
-        asked = self.integers(max(T - tail, key_length + 1), T - key_length + 1, B)
-        start = (torch.rand(B, generator=self.draw) * (asked - key_length)).long()
-        self.put_key(x, keys, start)
-        return x, self.put_question(x, keys, asked), keys, start + key_length + 1
-
-    def old(self, keys, T, tail):
-        """Filler for rows that have read their keys before, with the question in the last `tail` tokens: tokens, targets."""
-        x = self.filling(len(keys), T)
-        return x, self.put_question(x, keys, self.integers(T - tail, T - key_length + 1, len(keys)))
-
-
-    def several(self, B, n):
-        """B sequences with n named needles, one a segment, then as many questions as fit into each segment.
-
-        Returns tokens and targets, (B, T) each, -1 but where a digit is asked for.
-        """
-        l, k = segment_size, key_length
-        per_segment = l // (k + 2)
-        x, keys = self.filling(B, (n - (-n // per_segment)) * l), self.keys(B * n).view(B, n, k)
-        y = torch.full_like(x, -1)
-        name = self.first_name + torch.rand(B, names, generator=self.draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
-        needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                       # (B, n, k + 2)
-        start = torch.arange(n) * l + self.integers(0, l - k - 1, B, n)
-        x.scatter_(1, (start[..., None] + torch.arange(k + 2)).view(B, -1), needle.view(B, -1))
-        order = torch.rand(B, n, generator=self.draw).argsort(dim=1)[..., None]
-        question = needle.gather(1, order.expand(-1, -1, k + 2))
-        question[..., 0] = self.ask
-        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * (k + 2)
-        x.scatter_(1, (asked[:, None] + torch.arange(k + 2)).view(1, -1).expand(B, -1), question.view(B, -1))
-        y.scatter_(1, (asked[:, None] + 1 + torch.arange(k)).view(1, -1).expand(B, -1), question[..., 2:].reshape(B, -1))
-        return x, y
+def make_task(split, seed):
+    """The task whose filler comes from the training ('train') or the validation split ('val'), if it is text."""
+    if filler == 'symbols':
+        return NeedleTask(seed, key_length, symbols, names=names if pairs else 0)
+    folder = os.path.join(ckpt.ROOT, data_dir, dataset)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        prepare(dataset, data_dir=data_dir)
+    meta = load_meta(folder)
+    text = torch.from_numpy(np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16).astype(np.int64))
+    return NeedleTask(seed, key_length, meta['vocab_size'], text, names if pairs else 0)
 
 
 def answered(logits, targets):
@@ -237,7 +157,7 @@ def read_and_ask(x, y, carry):
 
 def step_on_pairs(n):
     """One update on sequences of n named needles. Returns the loss and the share of the needles that are right."""
-    x, y = task.several(batch_size, n)
+    x, y = task.several(batch_size, n, segment_size)
     logits, loss, _ = model(x.to(device), y.to(device))
     update(loss)
     return loss.item(), share_of_pairs(logits, y)
@@ -315,29 +235,31 @@ def train():
 @torch.no_grad()
 def evaluate(lengths, n, progress=False):
     """{d: sequences answered right with d tokens of filler between key and question}: n fresh ones of the test split,
-    each asked, aside, at every distance. Their phases against the segments differ, by groups."""
-    right, begun = {d: 0 for d in lengths}, time.perf_counter()
-    test = Task('val', seed + 1_000_003 * (1 + n))
-    sizes = [n // 4 + (i < n % 4) for i in range(min(4, n))]
-    for g, B in enumerate(sizes):
-        lead, keys = int(test.integers(0, segment_size, 1)), test.keys(B)
-        at = None if test.text is None else test.integers(0, len(test.text), B)
-        mark = torch.full((B, 1), test.mark)
+    each asked, aside, at every distance. Their keys begin at all places of a segment, equally often."""
+    right, begun, k = {d: 0 for d in lengths}, time.perf_counter(), key_length
+    test = make_task('val', seed + 1_000_003 * (1 + n))
+    for rows in torch.arange(n).split(50):
+        B, lead, keys, at = len(rows), rows % segment_size, test.keys(len(rows)), test.places(len(rows))
+        ahead = segment_size - 1 + k  # tokens until the last row has been asked
+        coming = test.filling(B, segment_size + k + ahead, at)  # read next, (B, ...): the keys are in the first of them
+        test.put_key(coming, keys, lead)
         state, read = model.new_state(B), 0
-        model.read_(torch.cat((test.filling(B, lead), mark, keys), dim=1).to(device), state)
         for d in sorted(lengths):
-            while read < d:
-                T = min(d - read, 6144)
-                model.read_(test.filling(B, T, None if at is None else at + read).to(device), state)
-                read += T
-                if progress and read % (6144 * 16) == 0:
-                    done = (g + read / max(lengths)) / len(sizes)
+            while read < d + k + 1:  # what stands before the question of a row whose key began at once
+                T = min(d + k + 1 - read, 6144)
+                if coming.size(1) < T + ahead:
+                    more = T + ahead - coming.size(1)
+                    coming = torch.cat((coming, test.filling(B, more, None if at is None else at + read + coming.size(1))), dim=1)
+                model.read_(coming[:, :T].to(device), state)
+                coming, read = coming[:, T:], read + T
+                if progress and T == 6144 and read % (6144 * 16) == 0:
+                    done = (int(rows[0]) + B * read / max(lengths)) / n
                     print(f"{done:.0%} of the way to {max(lengths):,} tokens, "
                           f"{(time.perf_counter() - begun) * (1 / done - 1):.0f} s left", file=sys.stderr, flush=True)
-            aside, good, token = state.clone(), torch.ones(B, dtype=torch.bool), torch.full((B,), test.ask)
-            for i in range(key_length):
-                good &= model.read_(token[:, None].to(device), aside).argmax(dim=-1).cpu() == keys[:, i]
-                token = keys[:, i]
+            x, good, aside = coming[:, :ahead].clone(), torch.ones(B, dtype=torch.bool), state.clone()
+            y = test.put_question(x, keys, lead)
+            for token, target in zip(x.split(1, dim=1), y.T):
+                good &= (model.read_(token.to(device), aside).argmax(dim=-1).cpu() == target) | (target < 0)
             right[d] += int(good.sum())
     return right
 
@@ -352,15 +274,15 @@ def interval(right, n, z=1.96):
 @torch.no_grad()
 def pairs_table():
     """Recall of one, two, ... named needles: a list of records."""
-    table, test = [], Task('val', seed + 1_000_003)
+    table, test = [], make_task('val', seed + 1_000_003)
     for n in range(1, pairs + 1):
-        x, y = test.several(sequences, n)
+        x, y = test.several(sequences, n, segment_size)
         right = sum(share_of_pairs(model(a.to(device), b.to(device))[0], b) * len(a) / sequences
                     for a, b in zip(x.split(50), y.split(50)))
         table.append({'pairs': n, 'recall': right, 'sequences': sequences})
         print(f"{n:>3} pairs: recall {right:.3f}, {n * sequences} answers", flush=True)
     print(f"most pairs recalled at 0.9: {max((row['pairs'] for row in table if row['recall'] >= 0.9), default=0)}; "
-          f"chance: {ALPHABET ** -key_length:g}")
+          f"chance: {DIGITS ** -key_length:g}")
     return table
 
 
@@ -372,15 +294,8 @@ def recall_table(lengths):
             low, high = interval(right, n)
             table.append({'distance': d, 'right': right, 'sequences': n, 'recall': right / n, 'low': low, 'high': high})
             print(f"{d:>9,} tokens: recall {right / n:.3f} [{low:.3f}, {high:.3f}], {right} of {n} sequences", flush=True)
-    print(f"chance: {ALPHABET ** -key_length:g}")
+    print(f"chance: {DIGITS ** -key_length:g}")
     return table
-
-
-def numbers(text):
-    """'12,48' -> [12, 48]. Raises SystemExit for anything else."""
-    if all(part.strip().isdigit() for part in text.split(',')):
-        return sorted({int(part) for part in text.split(',')})
-    raise SystemExit(f"error: distances must be whole numbers separated by commas, not {text!r}")
 
 
 def check_config():
@@ -403,20 +318,25 @@ def check_config():
         raise SystemExit(f"error: {target} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
 
 
+if draw:
+    picture(draw.split(','))
+    raise SystemExit(0)
 target = os.path.join(ckpt.ROOT, out_dir)
-lengths = numbers(distances)
+lengths = numbers('distances', distances)
 check_config()
 device = ckpt.pick_device(device)
 if threads:
     torch.set_num_threads(threads)
 torch.manual_seed(seed)
-task = Task('train', seed)
+task = make_task('train', seed)
 if init_from == 'scratch':
     window = block_size if model_type == 'gpt' else segment_size * (longest + 2)
     model = ckpt.make_model(model_type, {**config, 'vocab_size': task.vocab_size, 'bias': False, 'dropout': 0.0,
                                          'block_size': window}).to(device)
 else:
-    model = ckpt.load_model(ckpt.load(ckpt.find_file(init_from), device), device=device)
+    saved = ckpt.load(ckpt.find_file(init_from), device)
+    model, model_type = ckpt.load_model(saved, device=device), saved['model_type']
+    config.update({key: value for key, value in {**saved['model_args'], 'model_type': model_type}.items() if key in config})
     if model.config.vocab_size != task.vocab_size:
         raise SystemExit(f"error: {init_from} knows {model.config.vocab_size} tokens, this task has {task.vocab_size}: "
                          f"give the filler and symbols it was trained with")
@@ -447,11 +367,8 @@ except KeyboardInterrupt:
     raise SystemExit(f"stopped while recall was measured; --init_from={target} --max_iters=0 begins that again") from None
 first = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
 result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
-          'chance': ALPHABET ** -key_length, 'training_minutes': trained / 60,
+          'chance': DIGITS ** -key_length, 'training_minutes': trained / 60,
           'minutes': (time.perf_counter() - begun) / 60, 'first_0.99_at_probe_distance': first, 'log': log,
           'config': ckpt.portable(config), 'provenance': made_by}
-os.makedirs(target, exist_ok=True)
-with open(os.path.join(target, 'recall.json'), 'w') as f:
-    json.dump(result, f, indent=1)
-    f.write('\n')
+ckpt.save_result(os.path.join(target, 'recall.json'), result)
 print(f"{result['minutes']:.1f} minutes in all; written to {os.path.join(target, 'recall.json')}")

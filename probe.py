@@ -10,13 +10,12 @@ stand before the segment is taken away. The preserved context: the largest c at 
 loss. The swap: history of full length, but what is older than c tokens comes from elsewhere in the text. Remote
 co-occurrence: the loss of a word with and without the one place, d tokens back, where it stood last.
 """
-import json
 import os
 import re
 import sys
 import time
 
-from configurator import configure
+from configurator import configure, numbers
 
 out_dir = ''        # folder of the run; '' takes the newest under out/
 file = ''           # text to score; '' is the validation split that belongs to the run
@@ -187,7 +186,7 @@ def word_losses(score, tokens, jobs, l):
 
 def probe(score, tokens, l, places, c):
     """All measures of one model on one text; c: the settings. Returns a dictionary that JSON can hold."""
-    lengths, borders = numbers(c['histories'], 'histories', l), numbers(c['bins'], 'bins')
+    lengths, borders = numbers('histories', c['histories'], multiple=l), numbers('bins', c['bins'])
     N, longest = len(tokens), lengths[-1]
     first, last = -(-longest // l), (N - 1) // l - 1  # target segments with all of the history before them
     if last < first:
@@ -203,7 +202,7 @@ def probe(score, tokens, l, places, c):
     def interval(values, parts):
         return dict(zip(('mean', 'low', 'high'), bootstrap(values, parts, c['draws'], generator)))
     curve = context_curve(score, tokens, starts, lengths, l, progress)    # (histories, M, l)
-    swaps = [history for history in numbers(c['swaps'], 'swaps') if history in lengths[:-1]]
+    swaps = [history for history in numbers('swaps', c['swaps']) if history in lengths[:-1]]
     swapped = dict(zip(swaps, swap_curve(score, tokens, starts, swaps, longest, l, generator, progress)))
     table = []
     for i, history in enumerate(lengths):
@@ -223,18 +222,6 @@ def probe(score, tokens, l, places, c):
     kept = [row['history'] for row in table[:-1] if row['gain']['low'] > 0]
     return {'segment': l, 'tokens_scored': len(starts) * l, 'preserved_context': max(kept, default=None),
             'context_curve': table, 'co_occurrence': remote}
-
-
-def numbers(text, key, l=1):
-    """'0,12,24' -> [0, 12, 24]. Raises SystemExit unless they rise, and are multiples of l."""
-    try:
-        found = [int(part) for part in text.split(',')]
-    except ValueError:
-        found = []
-    if len(found) < 2 or found != sorted(set(found)) or found[0] < 0 or any(n % l for n in found):
-        raise SystemExit(f"error: {key} must be rising whole numbers separated by commas"
-                         f"{f', multiples of {l}' if l > 1 else ''}, not {text!r}")
-    return found
 
 
 def show(result):
@@ -288,6 +275,9 @@ def main():
     if threads:
         torch.set_num_threads(threads)
     path = ckpt.find_file(os.path.join(ckpt.ROOT, out_dir) if out_dir else ckpt.newest_run())
+    others = {os.path.basename(name).removesuffix('.json'): ckpt.load_result(name) for name in filter(None, beside.split(','))}
+    if any('context_curve' not in other for other in others.values()):
+        raise SystemExit(f"error: beside={beside!r} names a file that is no probe's")
     saved = ckpt.load(path, where)
     if 'data' not in saved:
         raise SystemExit(f"error: {path} does not name its data set: probe runs of train.py")
@@ -315,11 +305,8 @@ def main():
               'provenance': ckpt.provenance(where)}
     print(show(result))
     target = results_file or os.path.join(os.path.dirname(path), 'probe.json')
-    with open(target, 'w') as f:
-        json.dump(result, f, indent=1)
-        f.write('\n')
-    drawn = {os.path.basename(name).removesuffix('.json'): json.load(open(name)) for name in filter(None, beside.split(','))}
-    picture({os.path.basename(os.path.dirname(path)): result, **drawn}, target.removesuffix('.json') + '.png')
+    ckpt.save_result(target, result)
+    picture({os.path.basename(os.path.dirname(path)): result, **others}, target.removesuffix('.json') + '.png')
     print(f"written to {target} and {target.removesuffix('.json')}.png")
 
 

@@ -26,7 +26,7 @@ class Scholar:
     """Reads everything and forgets nothing: answers right if `knows` says so of the distance between key and question."""
 
     def __init__(self, names, knows):
-        self.task, self.knows = names['task'], knows
+        self.task, self.knows, self.begun = names['task'], knows, set()
 
     def new_state(self, B):
         return SimpleNamespace(text=torch.zeros(B, 0, dtype=torch.int64), clone=lambda: None)
@@ -40,16 +40,20 @@ class Scholar:
                 key, asked = text.index(self.task.mark) + 1, text.index(self.task.ask)
                 assert text.count(self.task.mark) == text.count(self.task.ask) == 1 and text[key + 5] < self.task.first_digit
                 i = len(text) - asked - 1
-                assert text[asked + 1:] == text[key:key + i]  # the question goes on with the right digits
-                logits[row, text[key + i]] = 1 if self.knows(asked - key - 5) else -1
+                assert text[asked + 1:asked + 5] == text[key:key + min(i, 4)]  # the question goes on with the right digits
+                if i < 5:  # what follows is filler, read while other rows are still asked
+                    logits[row, text[key + i]] = 1 if self.knows(asked - key - 5) else -1
+                    self.begun.add((key - 1) % 12)
         return logits
 
 
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
 def test_recall_is_that_of_the_model_at_every_distance(needle, filler):
     names = needle(max_iters=0, filler=filler).globals
-    swap_model(names, Scholar(names, lambda d: d in (5, 700)))
-    assert names['evaluate']([5, 30, 700, 7000], 9) == {5: 9, 30: 0, 700: 9, 7000: 0}
+    scholar = Scholar(names, lambda d: d in (5, 700))
+    swap_model(names, scholar)
+    assert names['evaluate']([5, 30, 700, 7000], 12) == {5: 12, 30: 0, 700: 12, 7000: 0}
+    assert scholar.begun == set(range(12))  # keys at all places of a segment
 
 
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
@@ -75,7 +79,7 @@ def test_sequences_hold_one_key_and_ask_for_it(needle, filler):
 
 def test_text_filler_is_the_text_and_of_the_split(needle):
     names = needle(max_iters=0, filler='text').globals
-    train, test = names['Task']('train', 1), names['Task']('val', 1)
+    train, test = names['make_task']('train', 1), names['make_task']('val', 1)
     x = test.filling(2, 20, torch.tensor([3, len(test.text) - 5]))
     assert torch.equal(x[0], test.text[3:23]) and torch.equal(x[1], torch.cat((test.text[-5:], test.text[:15])))
     assert not torch.equal(train.text[:50], test.text[:50])
@@ -142,7 +146,7 @@ def test_a_run_is_not_written_over(needle):
 def test_several_needles_are_each_asked_for_by_name(needle):
     names = needle(max_iters=0, pairs=7, key_length=1).globals
     task, n = names['task'], 7
-    x, y = task.several(200, n)
+    x, y = task.several(200, n, 12)
     assert x.shape == (200, (n + 2) * 12)  # four questions fit into a segment
     orders = set()
     for row, targets in zip(x.tolist(), y.tolist()):
