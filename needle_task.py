@@ -79,23 +79,36 @@ class NeedleTask:
         x = self.filling(len(keys), T)
         return x, self.put_question(x, keys, self.integers(T - tail, T - self.key_length + 1, len(keys)))
 
-    def several(self, B, n, l):
+    def several(self, B, n, l, along=False):
         """B sequences with n named needles, one a segment of l tokens, then as many questions as fit into each segment.
 
-        Returns tokens and targets, (B, T) each; every needle is asked for once, in random order.
+        Returns tokens and targets, (B, T) each; every needle is asked for once, in random order. With `along`, segments
+        that have room at their end ask there for one of the needles so far as well: easier questions, to learn from.
         """
         k, draw = self.key_length, self.draw
-        per_segment = l // (k + 2)
+        per_segment, needle_size = l // (k + 2), k + 2
         x, keys = self.filling(B, (n - (-n // per_segment)) * l), self.keys(B * n).view(B, n, k)
         y = torch.full_like(x, -1)
         name = self.first_name + torch.rand(B, self.names, generator=draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
         needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                      # (B, n, k + 2)
-        start = torch.arange(n) * l + self.integers(0, l - k - 1, B, n)
-        x.scatter_(1, (start[..., None] + torch.arange(k + 2)).view(B, -1), needle.view(B, -1))
-        order = torch.rand(B, n, generator=draw).argsort(dim=1)[..., None]
-        question = needle.gather(1, order.expand(-1, -1, k + 2))
-        question[..., 0] = self.ask
-        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * (k + 2)
-        x.scatter_(1, (asked[:, None] + torch.arange(k + 2)).view(1, -1).expand(B, -1), question.view(B, -1))
-        y.scatter_(1, (asked[:, None] + 1 + torch.arange(k)).view(1, -1).expand(B, -1), question[..., 2:].reshape(B, -1))
+        place = self.integers(0, l - k - 1, B, n)
+        rows = torch.arange(B)[:, None].expand(B, n)
+        write(x, rows, torch.arange(n) * l + place, needle)
+        order = torch.rand(B, n, generator=draw).argsort(dim=1)
+        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * needle_size
+        self.ask_for(x, y, rows, asked.expand(B, n), needle[rows, order])
+        if along:
+            row, segment = (place + 2 * needle_size <= l).nonzero(as_tuple=True)
+            which = (torch.rand(len(row), generator=draw) * (segment + 1)).long()
+            self.ask_for(x, y, row, (segment + 1) * l - needle_size, needle[row, which])
         return x, y
+
+    def ask_for(self, x, y, rows, places, needles):
+        """ASK, name and digits into x, the digits as targets into y, in place: a needle (..., k + 2) at each (row, place)."""
+        write(x, rows, places, torch.cat((torch.full_like(needles[..., :1], self.ask), needles[..., 1:]), dim=-1))
+        write(y, rows, places + 1, needles[..., 2:])
+
+
+def write(x, rows, places, tokens):
+    """tokens (..., m) into x (B, T), in place: each m of them from its (row, place) on."""
+    x[rows[..., None], places[..., None] + torch.arange(tokens.size(-1))] = tokens

@@ -163,6 +163,24 @@ def test_several_needles_are_each_asked_for_by_name(needle):
     assert set(starts.flatten().tolist()) == set(range(10))
 
 
+def test_needles_asked_for_along_the_way_are_those_shown_before(needle):
+    task, n = needle(max_iters=0, pairs=7, key_length=1).globals['task'], 7
+    x, y = task.several(300, n, 12, along=True)
+    seen = set()
+    for row, targets in zip(x.tolist(), y.tolist()):
+        shown = {}
+        for i, token in enumerate(row):
+            if token == task.mark:
+                shown[row[i + 1]] = (len(shown), row[i + 2])
+            if token == task.ask:
+                number, value = shown[row[i + 1]]  # a name that came before
+                assert targets[i + 1] == value and targets[i] == -1
+                seen.add((number, len(shown), i >= n * 12))
+        assert sum(target >= 0 for target in targets) == row.count(task.ask) and row.count(task.mark) == n
+        assert sum(token == task.ask for token in row[n * 12:]) == n
+    assert {(a, b, False) for b in range(1, n + 1) for a in range(b)} <= seen
+
+
 def test_pairs_are_trained_and_counted(needle, tmp_path):
     done = needle(pairs=3, key_length=1, grow_at=-1)
     assert done.code == 0 and 'most pairs recalled at 0.9: 0' in done.out

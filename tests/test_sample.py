@@ -80,7 +80,9 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path):
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu',
                                 '--max_new_tokens=1000000', f"--save_state={tmp_path / 'state'}"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)  # communicate misses what is buffered
-    begun = process.stdout.read(20)
+    begun = b''
+    while len(begun) < 20:
+        begun += process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     out, err = (begun + out).decode(), err.decode()
