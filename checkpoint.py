@@ -16,10 +16,11 @@ from dataclasses import asdict, fields
 
 import torch
 
+import ablations
 from model import GPT, FoldConfig, FoldGPT, GPTConfig, State
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-KINDS = {'gpt': (GPTConfig, GPT), 'fold': (FoldConfig, FoldGPT)}
+KINDS = {'gpt': (GPTConfig, GPT), 'fold': (FoldConfig, FoldGPT), **ablations.KINDS}
 
 
 def pick_device(device='auto'):
@@ -36,7 +37,7 @@ def pick_device(device='auto'):
 
 
 def make_model(model_type, sizes):
-    """A fresh model: 'gpt' or 'fold', from a dictionary that holds at least the keys of its config.
+    """A fresh model: 'gpt', 'fold' or one of ablations.py, from a dictionary that holds at least the keys of its config.
 
     Raises SystemExit, in one line, for an unknown type or for sizes that no model can have.
     """

@@ -30,7 +30,7 @@ gradient_accumulation_steps = 1  # micro-steps of an update
 stretch = 0                 # tokens drawn from the corpus in one piece, cut into sequences; 0 is block_size
 stream = False              # each row reads the corpus in order, a fold's carry passing from update to update
 # model
-model_type = 'fold'         # 'fold' or 'gpt'
+model_type = 'fold'         # 'fold', 'gpt', or one of ablations.py
 block_size = 192            # L, tokens of a training sequence; the window of a GPT
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold

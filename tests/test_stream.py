@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import ablations
 import checkpoint
 from model import GPT, FoldConfig, FoldGPT, GPTConfig, sample_token
 
@@ -17,9 +18,9 @@ def shake(model):
     return model.double().eval()
 
 
-def make_fold(n_local=2, n_global=2, bias=True, segment_size=l, carry='plain'):
-    return shake(FoldGPT(FoldConfig(block_size=4 * l, segment_size=segment_size, vocab_size=VOCAB, n_head=2, n_embd=16,
-                                    n_local=n_local, n_global=n_global, bias=bias, carry=carry)))
+def make_fold(n_local=2, n_global=2, bias=True, segment_size=l, carry='plain', kind=FoldGPT):
+    return shake(kind(FoldConfig(block_size=4 * l, segment_size=segment_size, vocab_size=VOCAB, n_head=2, n_embd=16,
+                                 n_local=n_local, n_global=n_global, bias=bias, carry=carry)))
 
 
 def make_gpt(block_size=24):
@@ -45,7 +46,8 @@ def read_in(model, idx, sizes, state=None):
 
 MODELS = pytest.mark.parametrize('make', [
     make_fold, lambda: make_fold(0, 1), lambda: make_fold(1, 3, bias=False), lambda: make_fold(segment_size=1),
-    lambda: make_fold(carry='gated'), make_gpt])
+    lambda: make_fold(carry='gated'), *(lambda kind=kind: make_fold(kind=kind) for _, kind in ablations.KINDS.values()),
+    make_gpt])
 
 
 @MODELS
