@@ -105,7 +105,7 @@ def _split_flag(item, following, defaults):
     """Split one --key=value; `following` is the next argument, for the hint to write it so."""
     key, equals, text = item[2:].partition("=")
     if key not in defaults:
-        raise SystemExit(f"error: unknown key --{key}: {_hint(key, defaults, '--')}")
+        raise SystemExit(f"error: unknown key --{key}: {hint(key, defaults, '--')}")
     if not equals:
         is_bool = type(defaults[key]) is bool
         value = "True" if is_bool else "VALUE"
@@ -115,7 +115,7 @@ def _split_flag(item, following, defaults):
     return key, text
 
 
-def _hint(key, known, prefix=""):
+def hint(key, known, prefix=""):
     """Say which known key was probably meant, or where the keys are listed."""
     near = difflib.get_close_matches(key, known, 1)
     return f"did you mean {prefix}{near[0]}?" if near else "--help lists the keys"
@@ -185,8 +185,11 @@ def _find_config(name, folder):
     raise SystemExit(f"error: config file {name!r} {problem}: {remedy}")
 
 
-def _read_config(name, defaults, folder):
-    """Run a config file and return the keys it sets, checked."""
+def run_file(name, folder):
+    """Run a config file, looked for here and in `folder`, and return the names it sets, unchecked.
+
+    Raises SystemExit with a one-line message if it is missing or fails.
+    """
     path = _find_config(name, folder)
     found = {"__file__": path, "__name__": "__config__"}
     try:
@@ -195,13 +198,22 @@ def _read_config(name, defaults, folder):
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
         raise SystemExit(f"error: {name}:{_error_line(error, path)}: {reason}: correct the config file") from None
+    return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
+def is_helper(value):
+    """Whether a name that a config file sets is no setting, but what it needs to work one out."""
+    return isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))
+
+
+def _read_config(name, defaults, folder):
+    """Run a config file and return the keys it sets, checked."""
     values = {}
-    for key, value in found.items():
-        helper = isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))
-        if key.startswith("_") or (helper and key not in defaults):
+    for key, value in run_file(name, folder).items():
+        if is_helper(value) and key not in defaults:
             continue
         if key not in defaults:
-            raise SystemExit(f"error: {name}: unknown key {key!r}: {_hint(key, defaults)}")
+            raise SystemExit(f"error: {name}: unknown key {key!r}: {hint(key, defaults)}")
         if not _fits(value, type(defaults[key])):
             raise _bad_value(f"{name}: ", key, value, defaults[key])
         values[key] = type(defaults[key])(value)

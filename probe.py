@@ -21,7 +21,7 @@ out_dir = ''        # folder of the run; '' takes the newest under out/
 file = ''           # text to score; '' is the validation split that belongs to the run
 data_dir = 'data'   # folder of the prepared data sets
 histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment; the last is the reference
-swaps = '12,24,48,96,144'  # of these, where the older text is also swapped for another
+swaps = '12,24,48,96,144'  # of these, where the older text is also swapped for another; '' swaps none
 segment = 12        # tokens of a target's segment, for a GPT; a fold has its own
 targets = 2000      # segments that are scored under every history, evenly spread over the text
 words = 400         # words scored in every bin of remote co-occurrence
@@ -202,7 +202,7 @@ def probe(score, tokens, l, places, c):
     def interval(values, parts):
         return dict(zip(('mean', 'low', 'high'), bootstrap(values, parts, c['draws'], generator)))
     curve = context_curve(score, tokens, starts, lengths, l, progress)    # (histories, M, l)
-    swaps = [history for history in numbers('swaps', c['swaps']) if history in lengths[:-1]]
+    swaps = [history for history in (numbers('swaps', c['swaps']) if c['swaps'] else []) if history in lengths[:-1]]
     swapped = dict(zip(swaps, swap_curve(score, tokens, starts, swaps, longest, l, generator, progress)))
     table = []
     for i, history in enumerate(lengths):

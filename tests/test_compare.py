@@ -1,0 +1,146 @@
+"""The comparison from start to report, on runs of seconds; what is equal in it; and what the report works out."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import compare
+import report
+from conftest import ROOT
+
+FILE = '''
+seeds = [1, 2]
+tokens = 512
+ablation_tokens = 256
+common = dict(dataset='tiny', n_local=1, n_global=1, n_layer=2, n_head=2, n_embd=16, segment_size=12, block_size=24,
+              batch_size=2, warmup_iters=1, log_interval=2, device='cpu')
+runs = {'fold': dict(), 'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=4, stretch=24),
+        'GPT, window 24': dict(model_type='gpt')}
+same_window, full_window = 'GPT, window 12', 'GPT, window 24'
+ablations = {'as it is': dict(), 'carry dropped': dict(model_type='fold_dropped'), 'segments of 6': dict(segment_size=6)}
+probe = dict(histories='0,12,24', swaps='', targets=4, words=3, draws=20, bins='12,24')
+prompts = ['1 ape']
+new_tokens = 12
+'''
+FILE = FILE.replace('512', str(48 * 8)).replace('256', str(48 * 4))
+
+
+@pytest.fixture(scope='session')
+def compared(data_dir, tmp_path_factory):
+    """A whole comparison, interrupted and gone on with: (folder of the runs, folder of the report, the command)."""
+    folder = tmp_path_factory.mktemp('compared')
+    (folder / 'small.py').write_text(FILE)
+    command = [sys.executable, os.path.join(ROOT, 'compare.py'), str(folder / 'small.py'), f"--out_dir={folder / 'runs'}",
+               f"--results_dir={folder / 'results'}", f'--data_dir={data_dir}', '--device=cpu']
+    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / 'runs' / 'fold_1' / 'last.pt').exists():
+        assert begun.poll() is None, begun.communicate()
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGINT)
+    _, err = begun.communicate(timeout=60)
+    assert begun.returncode == 1 and err.strip() == 'stopped; the same command goes on from here'
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / 'runs', folder / 'results', command
+
+
+def rows_of(results):
+    return json.loads((results / 'report.json').read_text())['runs']
+
+
+def test_from_start_to_report(compared):
+    runs, results, _ = compared
+    assert len(rows_of(results)) == 9 and not any('failed' in row for row in rows_of(results))
+    text = (results / 'report.md').read_text()
+    for words in ('| fold |', '| GPT, window 24 |', '| carry dropped |', '## Remote co-occurrence', '### 1 ape', 'At equal FLOPs'):
+        assert words in text
+    assert all(0 < (results / name).stat().st_size < 300_000 for name in ('loss.png', 'context.png'))
+
+
+def test_equal_means_equal(compared):
+    """Parameters, tokens, what is scored, and the very batches: the state of their random numbers, and the text behind it."""
+    rows = rows_of(compared[1])
+    for ablation in (False, True):
+        some = [row for row in rows if row['ablation'] is ablation]
+        assert len({row['parameters'] for row in some}) == len({row['tokens'] for row in some}) == 1
+        assert len({row['data']['sha256'] for row in some}) == len({row['eval_tokens'] for row in some}) == 1
+        for seed in {row['seed'] for row in some}:
+            assert len({row['order'] for row in some if row['seed'] == seed}) == 1
+    assert len({row['order'] for row in rows if not row['ablation']}) == 2  # another seed, another order
+    scored = {row['probe']['tokens_scored'] for row in rows if row['settings'].get('segment_size') == 12}
+    assert len(scored) == 1
+
+
+def test_every_model_sees_the_same_batches(train, tmp_path):
+    windows = dict(gpt=dict(block_size=4, batch_size=16, stretch=16), fold=dict(block_size=16, batch_size=4))
+    batches = []
+    for kind, settings in windows.items():
+        names = train(kind, out_dir=tmp_path / kind, max_iters=1, **settings).globals
+        x, y = names['get_batch']()
+        batches.append((x.flatten(), y.flatten()))
+    assert all(torch.equal(a, b) for a, b in zip(*batches))
+
+
+def test_what_is_there_is_not_done_again(compared):
+    runs, results, command = compared
+    before = {path: path.stat().st_mtime_ns for path in runs.glob('*/*.pt')}
+    (runs / 'fold_1' / 'samples.json').unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and (runs / 'fold_1' / 'samples.json').exists()
+    assert {path: path.stat().st_mtime_ns for path in runs.glob('*/*.pt')} == before
+
+
+def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp_path):
+    runs, _, command = compared
+    (tmp_path / 'small.py').write_text(FILE.replace("'GPT, window 24': dict(model_type='gpt')",
+                                                    "'GPT, window 24': dict(model_type='gpt', n_head=3)"))
+    done = subprocess.run([*command[:2], str(tmp_path / 'small.py'), f"--results_dir={tmp_path / 'results'}", *command[3:4],
+                           *command[5:]], capture_output=True, text=True)
+    failed = [row for row in rows_of(tmp_path / 'results') if 'failed' in row]
+    assert done.returncode == 1 and '2 of 9 runs are not complete' in done.stdout
+    assert {row['name'] for row in failed} == {'GPT, window 24'} and 'another n_head, 2 in place of 3' in failed[0]['failed']
+    assert 'another n_head' in (tmp_path / 'results' / 'report.md').read_text()
+
+
+@pytest.mark.parametrize('change, words', [
+    (('seeds = [1, 2]', 'seeds = []'), 'seeds be whole numbers'), (('tokens = 384', 'tokens = 385'), 'must divide the 385'),
+    (('tokens = 384', "tokens = 'all'"), "tokens must be a int, not 'all'"), (('prompts', 'prompt'), 'did you mean prompts?'),
+    (("same_window, full_window = 'GPT, window 12'", "same_window, full_window = 'GPT'"), 'is none of the runs'),
+    (("'segments of 6'", "'as_it is'"), 'differ in no letter'), (('new_tokens = 12', 'new_tokens ='), 'SyntaxError')])
+def test_a_wrong_comparison_gets_one_line(run, tmp_path, change, words):
+    (tmp_path / 'wrong.py').write_text(FILE.replace(*change))
+    refused = run('compare.py', tmp_path / 'wrong.py', f'--out_dir={tmp_path}')
+    assert refused.code == 1 and words in refused.err and len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_comparison_must_be_named(run):
+    assert 'name a comparison' in run('compare.py').err and 'not found' in run('compare.py', 'config/nowhere.py').err
+
+
+def test_the_arithmetic_of_the_report():
+    curve = [[10, 3.0], [20, 2.0], [40, 1.0]]
+    assert [report.at(curve, x) for x in (5, 10, 15, 30, 40, 50)] == [None, 3.0, 2.5, 1.5, 1.0, 1.0]
+    fold = dict(name='fold', tokens=40, flops_per_token=2, tokens_per_s=1, curve=curve, loss=1.0, sd=0.1)
+    gpt = dict(name='GPT', tokens=40, flops_per_token=4, tokens_per_s=2, curve=[[10, 2.0], [20, 1.5], [40, 1.2]], loss=1.2, sd=0.02)
+    assert report.standing(fold, gpt) == {'tokens': {'fold': 1.0, 'GPT': 1.2}, 'FLOPs': {'fold': 1.0, 'GPT': 1.5},
+                                          'time': {'fold': 2.0, 'GPT': 1.2}}
+    assert report.gap(fold, gpt) == {'below': pytest.approx(0.2), 'sd': 0.1, 'in_sd': pytest.approx(2.0)}
+
+
+def test_flops_are_those_of_the_documented_count():
+    from flops import flops_per_token
+    from model import FoldConfig, FoldGPT
+    model = FoldGPT(FoldConfig(block_size=48, segment_size=12, vocab_size=11, n_head=2, n_embd=16, n_local=1, n_global=2))
+    assert report.flops_per_token(model) == float(flops_per_token(model, 48))
+
+
+def test_the_plan_of_the_comparison_in_the_repository():
+    c = compare.read_comparison(os.path.join(ROOT, 'config', 'compare_shakespeare.py'))
+    found = compare.plan(c, 'runs')
+    assert len(c['seeds']) >= 3 and len({run.folder for run in found}) == len(found) == 3 * len(c['runs']) + len(c['ablations'])
+    assert len({compare.tokens_of(run) for run in found if not run.ablation}) == 1
