@@ -194,8 +194,8 @@ def sentences(result, c):
     first = next(iter(c['runs']))
     if first in names and c['same_window'] in names:
         g = result['same_window']
-        lines.append(f"- {first} against {c['same_window']}: loss {g['below']:.4f} {'below' if g['below'] > 0 else 'below (that is, above)'}"
-                     + (f", {g['in_sd']:+.1f} times the larger standard deviation over the seeds ({g['sd']:.4f})." if g['sd'] else '.'))
+        lines.append(f"- {first} against {c['same_window']}: loss {abs(g['below']):.4f} {'below' if g['below'] > 0 else 'above'}"
+                     + (f", {abs(g['in_sd']):.1f} times the larger standard deviation over the seeds ({g['sd']:.4f})." if g['sd'] else '.'))
     for what, losses in result.get('full_window', {}).items():
         lines.append(f"- At equal {what}: " + ', '.join(f"{name} {number(loss, '.4f') or 'not measured so early'}"
                                                       for name, loss in losses.items()) + '.')
