@@ -229,12 +229,13 @@ def provenance(device='cpu'):
 
 
 def save_result(path, result):
-    """Write a result as JSON, its folder made if there is none. Raises SystemExit if it cannot be written."""
+    """Write a result as JSON, atomically, its folder made if there is none. Raises SystemExit if it cannot be written."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, 'w') as f:
+        with open(f'{path}.tmp', 'w') as f:  # whoever finds the file at path finds it whole
             json.dump(result, f, indent=1)
             f.write('\n')
+        os.replace(f'{path}.tmp', path)
     except OSError as error:
         raise SystemExit(f"error: cannot write {path}: {error.strerror}; the figures are those printed above") from None
 

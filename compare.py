@@ -1,7 +1,7 @@
 """
 Side by side: train models on the same corpus, probe and sample each, and write a report on who wins what.
 
-    python compare.py config/compare_shakespeare.py             # an hour and a half on two CPU cores
+    python compare.py config/compare_shakespeare.py             # an hour on two CPU cores
     python compare.py config/compare_shakespeare.py --quick=True  # the same way with a few updates a run, to try it out
     python compare.py config/compare_shakespeare.py --only_report=True  # the report again, of the runs that are there
 
@@ -83,7 +83,7 @@ def read_comparison(name):
         if key not in default:
             raise SystemExit(f"error: {name}: unknown key {key!r}: {hint(key, default)}")
         if type(value) is not type(default[key]):
-            raise SystemExit(f"error: {name}: {key} must be a {type(default[key]).__name__}, not {value!r}")
+            raise SystemExit(f"error: {name}: {key} must be of type {type(default[key]).__name__}, not {value!r}")
     c = {**default, **given}
     if not c['runs'] or not c['seeds'] or any(type(seed) is not int for seed in c['seeds']):
         raise SystemExit(f"error: {name}: runs must name at least one run, and seeds be whole numbers")
@@ -134,6 +134,8 @@ def call(run, *command):
         child = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err, cwd=ROOT, env=environment,
                                  start_new_session=True)
     children.add(child)
+    if stopping.is_set():  # it came to be while the others were told
+        child.terminate()
     peak = None
     if hasattr(os, 'wait4'):
         _, status, usage = os.wait4(child.pid, 0)

@@ -15,8 +15,8 @@ from conftest import ROOT
 
 FILE = '''
 seeds = [1, 2]
-tokens = 512
-ablation_tokens = 256
+tokens = 384
+ablation_tokens = 192
 common = dict(dataset='tiny', n_local=1, n_global=1, n_layer=2, n_head=2, n_embd=16, segment_size=12, block_size=24,
               batch_size=2, warmup_iters=1, log_interval=2, device='cpu')
 runs = {'fold': dict(), 'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=4, stretch=24),
@@ -27,7 +27,6 @@ probe = dict(histories='0,12,24', swaps='', targets=4, words=3, draws=20, bins='
 prompts = ['1 ape']
 new_tokens = 12
 '''
-FILE = FILE.replace('512', str(48 * 8)).replace('256', str(48 * 4))
 
 
 @pytest.fixture(scope='session')
@@ -109,7 +108,7 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp
 
 @pytest.mark.parametrize('change, words', [
     (('seeds = [1, 2]', 'seeds = []'), 'seeds be whole numbers'), (('tokens = 384', 'tokens = 385'), 'must divide the 385'),
-    (('tokens = 384', "tokens = 'all'"), "tokens must be a int, not 'all'"), (('prompts', 'prompt'), 'did you mean prompts?'),
+    (('tokens = 384', "tokens = 'all'"), "tokens must be of type int, not 'all'"), (('prompts', 'prompt'), 'did you mean prompts?'),
     (("same_window, full_window = 'GPT, window 12'", "same_window, full_window = 'GPT'"), 'is none of the runs'),
     (("'segments of 6'", "'as_it is'"), 'differ in no letter'), (('new_tokens = 12', 'new_tokens ='), 'SyntaxError')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, change, words):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from configurator import configure, show
+from configurator import configure, numbers, show
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = '''"""Train a thing.
@@ -13,7 +13,7 @@ SCRIPT = '''"""Train a thing.
 More words.
 """
 import sys
-from configurator import configure, show
+from configurator import configure, numbers, show
 # input and output
 out_dir = 'out'     # where checkpoints go
 data_file = ''      # what to read
@@ -264,3 +264,9 @@ def test_script_prints_its_settings_or_one_line_on_stderr(tmp_path):
     done = run_script(tmp_path, "--late=3")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: unknown key --late") and done.stderr.count("\n") == 1
+
+
+def test_numbers_in_a_text():
+    assert numbers('at', ' 48,12, 48,0') == [0, 12, 48] and numbers('at', '24', least=1, multiple=12) == [24]
+    for text, how in (('', {}), ('12,x', {}), ('-12', {}), ('1.5', {}), ('0,12', dict(least=1)), ('12,20', dict(multiple=12))):
+        assert "at must be whole numbers" in error_of(numbers, 'at', text, **how)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import checkpoint
 import evaluate
 from evaluate import mean_and_error, token_losses
 from model import GPT, FoldConfig, FoldGPT, GPTConfig
@@ -64,3 +65,16 @@ def test_standard_error_respects_dependent_neighbors():
     assert error == pytest.approx(1 / 20000 ** 0.5, rel=0.3)
     dependent = torch.randn(200).repeat_interleave(100)  # 200 values, each 100 times: 200 facts and not 20,000
     assert mean_and_error(dependent)[1] == pytest.approx(1 / 200 ** 0.5, rel=0.3)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_older_one(tmp_path):
+    path = str(tmp_path / 'results' / 'loss.json')
+    checkpoint.save_result(path, {'loss': 1})
+    with pytest.raises(TypeError):
+        checkpoint.save_result(path, {'loss': 2, 'what no JSON can hold': object()})
+    assert checkpoint.load_result(path) == {'loss': 1}
+    (tmp_path / 'file').write_text('no folder')
+    for call in (lambda: checkpoint.save_result(str(tmp_path / 'file' / 'loss.json'), {}),
+                 lambda: checkpoint.load_result(str(tmp_path / 'file')), lambda: checkpoint.load_result(str(tmp_path / 'none'))):
+        with pytest.raises(SystemExit, match='error: .*(cannot write|is no result)'):
+            call()
