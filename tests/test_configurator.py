@@ -13,7 +13,7 @@ SCRIPT = '''"""Train a thing.
 More words.
 """
 import sys
-from configurator import configure, numbers, show
+from configurator import configure, show
 # input and output
 out_dir = 'out'     # where checkpoints go
 data_file = ''      # what to read

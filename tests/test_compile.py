@@ -1,0 +1,46 @@
+"""What is compiled computes the same, and a compiler that fails is done without."""
+import torch
+
+import training
+from folds import VOCAB, assert_close, assert_same_runs, batch, gradients, l, make_fold
+from model import GPT, GPTConfig
+from training import backpropagate
+
+
+def test_the_compiled_step_is_used_and_gives_the_same(monkeypatch):
+    """The wiring, with a back-end that needs no compiler."""
+    real, calls = torch.compile, []
+
+    def without_a_compiler(function, **how):
+        compiled = real(function, backend='aot_eager', fullgraph=True, dynamic=how['dynamic'])
+        return lambda *args: calls.append(1) or compiled(*args)
+    monkeypatch.setattr(torch, 'compile', without_a_compiler)
+    model, (x, y) = make_fold().float(), batch(5 * l)
+    backpropagate(model, x, y)
+    expected = gradients(model)
+    assert training.compile_model(model, 2, 'kernels', 'cpu') and len(calls) == 3  # tried out
+    for recompute in (False, True):
+        backpropagate(model, x, y, recompute=recompute)
+        assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3 + 4 + 3 + 4  # all segments but the first; once more in backward, but for the last
+    model(x[:1], y[:1])
+    assert len(calls) == 14  # of another batch, or short, a segment is not compiled
+    gpt, (x, y) = GPT(GPTConfig(block_size=12, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=8)), batch(12)
+    backpropagate(gpt, x, y)
+    expected = gradients(gpt)
+    assert training.compile_model(gpt, 2, 'kernels', 'cpu') and len(calls) == 15
+    backpropagate(gpt, x, y)
+    assert_close(gradients(gpt), expected, rtol=1e-4, atol=1e-5)
+    gpt(x[:, :5])
+    assert len(calls) == 16
+    torch.testing.assert_close(gpt.eval().read(x)[0], gpt(x)[0][:, -1])  # through the cache, and compiled
+
+
+def test_a_compiler_that_fails_is_left_out_with_a_line(train, monkeypatch, tmp_path):
+    def broken(*args):
+        raise RuntimeError('no compiler\nhere')
+    monkeypatch.setattr(torch, 'compile', lambda function, **how: broken)
+    train(out_dir=tmp_path / 'a')
+    done = train(out_dir=tmp_path / 'b', compile='kernels')
+    assert done.code == 0 and 'torch.compile does not work here (RuntimeError: no compiler here)' in done.out
+    assert_same_runs(tmp_path / 'a', tmp_path / 'b')

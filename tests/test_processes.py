@@ -1,0 +1,37 @@
+"""Several processes learn like one."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from test_train import records
+
+
+def in_processes(n, data_dir, out_dir, **settings):
+    """A run of train.py in n gloo processes, that of conftest's settings."""
+    how = dict(data_dir=data_dir, dataset='tiny', out_dir=out_dir, device='cpu', n_embd=16, n_head=2, n_local=1, n_global=1,
+               segment_size=4, batch_size=4, log_interval=1, warmup_iters=2, threads=1, **settings)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    done = subprocess.run([*command, os.path.join(ROOT, 'train.py'), *(f'--{key}={value}' for key, value in how.items())],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize('mode', [
+    dict(block_size=16), dict(stream=True, block_size=32, bptt_segments=3, gradient_accumulation_steps=2, recompute=True)])
+def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
+    """Of streams, too, of which rows begin anew on the way; the second half of it resumed by one process."""
+    how = dict(eval_interval=25, lr_decay_iters=50, **mode)
+    train(out_dir=tmp_path / 'one', max_iters=50, dropout=0.0, **how)
+    first = 35 if 'stream' in mode else 50
+    printed = in_processes(2, data_dir, tmp_path / 'two', max_iters=first, **how)
+    assert printed.count(f'iter {first}: loss') == 1 and '2 processes' in printed
+    if first < 50:
+        assert train(out_dir=tmp_path / 'two', max_iters=50, init_from='resume', dropout=0.0, **how).code == 0
+    for key in ('loss', 'val_loss'):
+        one, two = ([pair for pair in records(tmp_path / name, key) if pair[0] != 35 or key == 'loss'] for name in ('one', 'two'))
+        assert [it for it, _ in one] == [it for it, _ in two] and len(one) == (50 if key == 'loss' else 2)
+        assert [x for _, x in two] == pytest.approx([x for _, x in one], abs=1e-5)
