@@ -263,9 +263,11 @@ def main():
             run_all(found, c)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on from here") from None
+    failed = [run for run in found if run.error or not run.complete()]
+    if len(failed) == len(found):
+        raise SystemExit(f"error: no run is complete in {out_dir}; a report that was there is kept")
     import report
     report.write_report(found, c, results_dir, device)
-    failed = [run for run in found if run.error or not run.complete()]
     print(f"written to {os.path.relpath(results_dir, ROOT)}{os.sep}: report.md, report.json and pictures"
           f"{f'; {len(failed)} of {len(found)} runs are not complete' if failed else ''}")
     raise SystemExit(1 if failed else 0)

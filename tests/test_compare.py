@@ -117,6 +117,13 @@ def test_a_wrong_comparison_gets_one_line(run, tmp_path, change, words):
     assert refused.code == 1 and words in refused.err and len(refused.err.strip().splitlines()) == 1
 
 
+def test_without_runs_an_older_report_is_kept(run, tmp_path):
+    (tmp_path / 'small.py').write_text(FILE)
+    (tmp_path / 'report.json').write_text('older')
+    refused = run('compare.py', tmp_path / 'small.py', '--only_report=True', f"--out_dir={tmp_path / 'runs'}", f'--results_dir={tmp_path}')
+    assert refused.code == 1 and 'no run is complete' in refused.err and (tmp_path / 'report.json').read_text() == 'older'
+
+
 def test_a_comparison_must_be_named(run):
     assert 'name a comparison' in run('compare.py').err and 'not found' in run('compare.py', 'config/nowhere.py').err
 
