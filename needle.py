@@ -44,7 +44,8 @@ n_embd = 64                 # channels
 # training
 batch_size = 64             # new sequences of an update, and at most as many that walk on
 longest = 8                 # segments before the two of the question, once the curriculum has grown
-grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment
+first = 1                   # segments, or pairs, with which the curriculum begins
+grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment, or a pair
 leave = 0.01                # share of the walking sequences that leave at each update, though they remember
 max_iters = 3000            # updates
 learning_rate = 2e-3        # AdamW's, after warm-up
@@ -203,7 +204,7 @@ def lr_at(it):
 
 def train():
     """All updates. Returns the log: a record every log_interval updates, and one whenever the curriculum grows."""
-    stage, recall, log, begun = 1, 0.0, [], time.perf_counter()
+    stage, recall, log, begun = first, 0.0, [], time.perf_counter()
     model.train()
     for it in range(max_iters):
         for group in optimizer.param_groups:
@@ -301,7 +302,7 @@ def recall_table(lengths):
 
 def check_config():
     """Refuse what would fail later."""
-    least = dict(symbols=1, key_length=1, pairs=0, batch_size=1, longest=1, max_iters=0, warmup_iters=1, log_interval=1,
+    least = dict(symbols=1, key_length=1, pairs=0, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
                  sequences=1, far_sequences=1, threads=0, probe_distance=0)
     for key, value in least.items():
         if config[key] < value:
@@ -313,6 +314,9 @@ def check_config():
     if pairs and (key_length + 2 > segment_size or pairs > names or model_type == 'gpt'):
         raise SystemExit(f"error: pairs={pairs} needs a fold, as many names, not {names}, and digits that fit into a segment "
                          f"with MARK and name, not {key_length}: --key_length=1")
+    if first > (pairs or longest):
+        raise SystemExit(f"error: first={first} is more than the curriculum grows to: {'pairs' if pairs else 'longest'} "
+                         f"is {pairs or longest}")
     if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
         raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
     if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
@@ -366,10 +370,10 @@ try:
     table = pairs_table() if pairs else recall_table(lengths)
 except KeyboardInterrupt:
     raise SystemExit(f"stopped while recall was measured; --init_from={target} --max_iters=0 begins that again") from None
-first = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
+reached = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)
 result = {'parameters': model.num_params(), 'sizes': ckpt.model_args(model), 'model': model_type, 'recall': table,
           'chance': DIGITS ** -key_length, 'training_minutes': trained / 60,
-          'minutes': (time.perf_counter() - begun) / 60, 'first_0.99_at_probe_distance': first, 'log': log,
+          'minutes': (time.perf_counter() - begun) / 60, 'first_0.99_at_probe_distance': reached, 'log': log,
           'config': ckpt.portable(config), 'provenance': made_by}
 ckpt.save_result(os.path.join(target, 'recall.json'), result)
 print(f"{result['minutes']:.1f} minutes in all; written to {os.path.join(target, 'recall.json')}")

@@ -131,6 +131,7 @@ def test_a_gpt_is_trained_and_asked_as_well(needle, tmp_path, block_size):
     (dict(filler='noise'), "filler must be 'symbols' or 'text'"), (dict(key_length=12), 'do not fit into two segments'),
     (dict(distances='12,x'), 'distances must be'), (dict(batch_size=0), 'batch_size must be at least 1'),
     (dict(carry='half'), "carry must be 'plain' or 'gated'"), (dict(model_type='gpt', block_size=20), 'must divide two segments'),
+    (dict(first=3), 'first=3 is more than the curriculum grows to: longest is 2'),
     (dict(filler='text', dataset='nothing'), 'nothing'), (dict(init_from='nowhere'), 'no checkpoint at')])
 def test_bad_settings_get_one_line(needle, settings, words):
     refused = needle(**settings)
@@ -186,6 +187,8 @@ def test_pairs_are_trained_and_counted(needle, tmp_path):
     assert done.code == 0 and 'most pairs recalled at 0.9: 0' in done.out
     result = json.load(open(tmp_path / 'needle' / 'recall.json'))
     assert [row['pairs'] for row in result['recall']] == [1, 2, 3] and result['log'][-1]['segments'] == 3
+    begun = needle(pairs=3, key_length=1, first=2, grow_at=1, max_iters=1, log_interval=1)
+    assert json.load(open(tmp_path / 'needle' / 'recall.json'))['log'][0]['segments'] == 2 and begun.code == 0
     share = done.globals['share_of_pairs']
     y = torch.tensor([[-1, 3, -1, 4], [5, -1, 6, -1]])
     logits = torch.nn.functional.one_hot(torch.tensor([[0, 3, 0, 9], [5, 0, 6, 0]]), 10).float()
