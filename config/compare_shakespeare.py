@@ -2,17 +2,16 @@
 # A run is what `common` says, and over that what the run says: settings of train.py. `tokens` and the seed are the same
 # for all `runs`; the `ablations` are shorter, with the first seed alone, the first of them being the one to compare with.
 seeds = [1337, 1338, 1339]
-tokens = 3_072_000           # that each of the runs is trained on
+tokens = 6_144_000           # that each of the runs is trained on
 ablation_tokens = 1_536_000  # that each of the ablations is trained on
 
-common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=2, n_global=2, n_layer=4,
-              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=32, learning_rate=4e-3, min_lr=1e-4)
+common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4,
+              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=16, learning_rate=4e-3, min_lr=1e-4)
 runs = {
     'fold': dict(),
-    'fold, gated carry': dict(carry='gated'),
     # windows are cut from stretches of 96 tokens, so that every run sees the same text in the same order
-    'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=256, stretch=96),
-    'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=128, stretch=96),
+    'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=96),
+    'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=96),
     'GPT, window 96': dict(model_type='gpt'),
 }
 same_window = 'GPT, window 12'   # that the first of the runs is to be told from
@@ -20,10 +19,11 @@ full_window = 'GPT, window 96'  # that it is set against at equal tokens, FLOPs 
 ablations = {
     'fold, short': dict(),
     'carry dropped': dict(model_type='fold_dropped'),
+    'gated carry': dict(carry='gated'),
     'past half without causal mask': dict(model_type='fold_open'),
     'past half frozen': dict(model_type='fold_frozen'),
     'position embedding of the window': dict(model_type='fold_placed'),
-    '1 local, 3 global layers': dict(n_local=1, n_global=3),
+    '2 local, 2 global layers': dict(n_local=2, n_global=2),
     '3 local, 1 global layer': dict(n_local=3, n_global=1),
     'segments of 6': dict(segment_size=6),
     'segments of 24': dict(segment_size=24),

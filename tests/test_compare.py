@@ -11,6 +11,7 @@ import torch
 
 import compare
 import report
+from checkpoint import make_model
 from conftest import ROOT
 
 FILE = '''
@@ -145,8 +146,14 @@ def test_flops_are_those_of_the_documented_count():
     assert report.flops_per_token(model) == float(flops_per_token(model, 48))
 
 
-def test_the_plan_of_the_comparison_in_the_repository():
-    c = compare.read_comparison(os.path.join(ROOT, 'config', 'compare_shakespeare.py'))
+@pytest.mark.parametrize('name', ['compare_shakespeare', 'compare_python', 'compare_shakespeare_gpu'])
+def test_the_plans_of_the_comparisons_in_the_repository(name):
+    """Three seeds or more, the same tokens, and models of the same parameters."""
+    c = compare.read_comparison(os.path.join(ROOT, 'config', f'{name}.py'))
     found = compare.plan(c, 'runs')
     assert len(c['seeds']) >= 3 and len({run.folder for run in found}) == len(found) == 3 * len(c['runs']) + len(c['ablations'])
-    assert len({compare.tokens_of(run) for run in found if not run.ablation}) == 1
+    for ablation in (False, True):
+        some = [run for run in found if run.ablation is ablation]
+        assert len({compare.tokens_of(run) for run in some}) <= 1
+        sizes = [{'bias': False, **run.settings, 'vocab_size': 65} for run in some if run.settings.get('carry') != 'gated']
+        assert len({make_model(size['model_type'], size).num_params() for size in sizes}) <= 1

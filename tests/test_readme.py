@@ -18,7 +18,7 @@ def result(name):
 
 
 def test_side_by_side():
-    for m in result('compare_shakespeare/report.json')['models']:
+    for m in result('compare_shakespeare_short/report.json')['models']:
         row = f"| {m['name']} | {m['loss']:.4f} ± {m['sd']:.4f} | {m['tokens_per_s']:,.0f} | {m['flops_per_token']:,.0f} |"
         assert row in text()
 
