@@ -1,4 +1,4 @@
-"""Figures in the README's tables are those of the files under results/ that it names."""
+"""Figures in the README's tables, and most of those between them, are those of the files under results/ that it names."""
 import json
 import os
 
@@ -6,10 +6,7 @@ import pytest
 
 from conftest import ROOT
 
-
-def text():
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        return f.read()
+WORDS = ' '.join(open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read().split())
 
 
 def result(name):
@@ -17,26 +14,107 @@ def result(name):
         return json.load(f)
 
 
+def says(*cells):
+    """Whether the README has a row of a table that begins with these cells, or this sentence."""
+    return (' '.join(f"| {' | '.join(cells)} |".split()) if len(cells) > 1 else cells[0]) in WORDS
+
+
 def test_side_by_side():
     for m in result('compare_shakespeare_short/report.json')['models']:
-        row = f"| {m['name']} | {m['loss']:.4f} ± {m['sd']:.4f} | {m['tokens_per_s']:,.0f} | {m['flops_per_token']:,.0f} |"
-        assert row in text()
+        assert says(m['name'], f"{m['loss']:.4f} ± {m['sd']:.4f}", f"{m['tokens_per_s']:,.0f}", f"{m['flops_per_token']:,.0f}")
+
+
+# --- needle ---------------------------------------------------------------------------------------------------------
+
+def recalled(name):
+    return [f"{row['right']} of {row['sequences']}" for row in result(f'needle/{name}.json')['recall']]
 
 
 @pytest.mark.parametrize('seed', range(1337, 1342))
 def test_needle(seed):
-    rows = result(f'needle/fold_gated_{seed}.json')['recall']
-    assert f"| symbols, {seed} | " + ' | '.join(f"{row['right']} of {row['sequences']}" for row in rows) + ' |' in text()
+    distances = [f"{row['distance']:,}" for row in result(f'needle/fold_gated_{seed}.json')['recall']]
+    assert says('filler, seed', *distances[:-1], f'{distances[-1]} tokens') and says(f'symbols, {seed}', *recalled(f'fold_gated_{seed}'))
+
+
+def test_needle_among_text():
+    *near, last = recalled('fold_gated_text_1337')
+    assert says('Shakespeare, 1337', *near, f'{last} at 100,000')
+
+
+def test_needle_of_the_gpt():
+    a, b, c, *rest = recalled('gpt_24_1337')
+    assert says(f"recalls {a} keys at 0 and 6 tokens of filler, {c.split()[0]} of 200 at 12, and none of 200 at 48")
+    assert a == b and set(rest) == {'0 of 200'}
 
 
 def test_plain_needle():
     rows = result('needle/fold_plain_1337.json')['recall']
-    words = ' '.join(text().split())
     near = [str(row['right']) for row in rows[:-1]]
-    assert f"{', '.join(near[:-1])} and {near[-1]} of 200 keys" in words and f"{rows[-1]['right']} of 100 at 1,000,000" in words
+    assert says(f"{', '.join(near[:-1])} and {near[-1]} of 200 keys") and says(f"{rows[-1]['right']} of 100 at 1,000,000")
 
+
+def test_several_needles():
+    two = [result(f'needle/pairs_{C}_1337.json')['recall'][1]['recall'] for C in (64, 128)]
+    assert says(f"two at {two[0]:.3f} and {two[1]:.3f}")
+
+
+# --- speed and memory -----------------------------------------------------------------------------------------------
 
 def test_generation():
-    for row in result('generation.json')['table']:
-        if row['model'] == 'fold':
-            assert f"| {row['context']:,} | {row['tokens_per_s']:,.0f} | {row['state_bytes']:,} |" in text()
+    table = result('generation.json')['table']
+    for fold, gpt in zip(*([row for row in table if row['model'] == kind] for kind in ('fold', 'gpt'))):
+        assert says(f"{fold['context']:,}", *(f"{row[key]:,.0f}" for row in (fold, gpt) for key in ('tokens_per_s', 'state_bytes')))
+
+
+def test_generation_ratios():
+    r = result('generation.json')
+    (flat, ahead, at_once), (flat_of_medians, ahead_of_medians) = r['ratios'].values(), r['ratios_of_medians'].values()
+    assert says(f"runs at {flat:.3f} of the speed") and says(f"the ratio of the medians is {flat_of_medians:.3f}")
+    assert says(f"It is {ahead:.1f} times as fast (by the medians {ahead_of_medians:.1f} times)")
+    assert says(f"{at_once:.1f} times as fast at once")
+    assert says(f"held {r['resident_mb']['10000']:.1f} MB after 10,000 tokens and {r['resident_mb']['1000000']:.1f} MB")
+
+
+def test_training_speed():
+    names = {'full': 'full', 'truncated': 'truncated (16 segments)', 'recomputed': 'recomputed'}
+    sizes = list(result('training.json')['speed'].values())
+    for mode, name in names.items():
+        assert says(name, *(f"{size[mode][key]:{form}}" for size in sizes
+                            for key, form in (('tokens_per_s', ',.0f'), ('ratio', '.3f'), ('efficiency', '.3f'))))
+    a, b = (f"{size['gpt']['tokens_per_s']:,.0f}" for size in sizes)
+    assert says('GPT', a, '1', '1', b, '1', '1')
+
+
+def test_training_memory():
+    found = {mode: {p['block_size']: p for p in points} for mode, points in result('training.json')['memory'].items()}
+    for T in (192, 768, 3072, 12288, 49152):
+        assert says(f'{T:,}', *(f"{found[m][T]['training_mb']:,.1f}" if T <= 3072 or m in ('truncated', 'recomputed') else ''
+                               for m in ('full', 'truncated', 'recomputed', 'gpt')))
+    last, first = found['truncated'][49152], found['truncated'][192]
+    grown, whole = (last[key] / first[key] - 1 for key in ('training_mb', 'peak_mb'))
+    assert says(f"within {grown:.1%} of that".replace('%', ' %')) and says(f"(the whole process: {whole:.1%})".replace('%', ' %'))
+
+
+def test_longest_sequences():
+    r = result('training.json')['longest']
+    assert says(f"can have {r['full']['block_size']:,} tokens in full, {r['gpt']['block_size']:,} with the GPT")
+    for mode in ('truncated', 'recomputed'):
+        assert f"{r[mode]['block_size']:,}" in WORDS and f"take {r[mode]['peak_mb']:.0f} MB" in WORDS
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+def test_two_runs():
+    for name, label in (('fold_shakespeare', 'fold, 1 local + 3 global layers'), ('gpt_shakespeare', 'GPT, 4 layers')):
+        r = result(f'{name}.json')
+        assert f"| {label} | `python train.py config/{name}.py` | **{r['loss']:.4f}** ± {r['error']:.3f} |" in WORDS
+    minutes = result('gpt_shakespeare.json')['minutes']
+    assert says(f'{int(minutes)} min {minutes % 1 * 60:.0f} s')
+    assert says('nats', *(f'{x:.2f}' for x in result('fold_shakespeare.json')['by_place']))
+
+
+def test_context_curve():
+    table = {row['history']: row['loss']['mean'] for row in result('probe/shakespeare_fold.json')['context_curve']}
+    shown = (0, 12, 24, 36, 48, 72, 144, 288)
+    assert says('tokens of history before the segment', *map(str, shown))
+    assert says('nats per character', *(f'{table[c]:.4f}' for c in shown))
