@@ -42,7 +42,7 @@ def make_model(model_type, sizes):
     Raises SystemExit, in one line, for an unknown type or for sizes that no model can have.
     """
     if model_type not in KINDS:
-        raise SystemExit(f"error: model_type must be 'fold' or 'gpt', not {model_type!r}")
+        raise SystemExit(f"error: model_type must be one of {', '.join(map(repr, KINDS))}, not {model_type!r}")
     config_class, model_class = KINDS[model_type]
     try:
         return model_class(config_class(**{f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}))

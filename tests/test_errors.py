@@ -105,7 +105,7 @@ def test_an_unwritable_folder(train, tmp_path):
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
     (dict(segment_size=5), ['block_size=16 must be a multiple of segment_size=5']),
     (dict(n_global=0), ['n_global must be at least 1']),
-    (dict(model_type='gtp'), ["model_type must be 'fold' or 'gpt', not 'gtp'"]),
+    (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'", "not 'gtp'"]),
     (dict(dtype='float16'), ["dtype must be"]),
     (dict(device='gpu'), ["device='gpu' is not available"]),
     (dict(device='meta'), ["device='meta' is not available"]),
