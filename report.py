@@ -30,7 +30,7 @@ def gather(run):
         'name': run.name, 'seed': run.seed, 'ablation': run.ablation, 'parameters': start['parameters'],
         'tokens': last['tokens'], 'loss': last['val_loss'], 'error': last['val_error'],
         'curve': [[record['iter'] * update, record['val_loss']] for record in scored.values()],
-        'training_curve': [[record['tokens'], record['loss']] for record in steps],
+        'training_curve': [[record['tokens'], record['loss']] for record in steps[::max(1, len(steps) // 50)]],
         'tokens_per_s': statistics.median(record['tokens_per_s'] for record in steps),
         'peak_mb': training.get('peak_mb'), 'resumed': training.get('resumed'),
         'optimizer': {key: saved['config'][key] for key in ('learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'beta1',

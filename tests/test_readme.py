@@ -19,9 +19,25 @@ def says(*cells):
     return (' '.join(f"| {' | '.join(cells)} |".split()) if len(cells) > 1 else cells[0]) in WORDS
 
 
-def test_side_by_side():
-    for m in result('compare_shakespeare_short/report.json')['models']:
+@pytest.mark.parametrize('name', ['compare_shakespeare', 'compare_shakespeare_short'])
+def test_side_by_side(name):
+    for m in result(f'{name}/report.json')['models']:
         assert says(m['name'], f"{m['loss']:.4f} ± {m['sd']:.4f}", f"{m['tokens_per_s']:,.0f}", f"{m['flops_per_token']:,.0f}")
+
+
+def test_side_by_side_in_words():
+    r = result('compare_shakespeare/report.json')
+    fold, same, twice, full = (m['loss'] for m in r['models'])
+    assert says(f"window: {same - fold:.4f} below it, {(same - fold) / r['same_window']['sd']:.1f} standard deviations")
+    assert says(f"({fold - twice:.4f} above)") and says(f"({fold - full:.4f} above, less")
+    flops, time = (r['full_window'][what]['fold'] for what in ('FLOPs', 'time'))
+    assert says(f"at equal FLOPs it stands at {flops:.4f}, at equal time at {time:.4f}")
+
+
+def test_ablations():
+    first, *others = result('compare_shakespeare/report.json')['ablations']
+    for m in [{**first, 'name': 'none'}, *others]:
+        assert says(m['name'], f"{m['loss']:.4f}", f"{m['loss'] - first['loss']:+.4f}")
 
 
 # --- needle ---------------------------------------------------------------------------------------------------------
@@ -56,6 +72,8 @@ def test_plain_needle():
 def test_several_needles():
     two = [result(f'needle/pairs_{C}_1337.json')['recall'][1]['recall'] for C in (64, 128)]
     assert says(f"two at {two[0]:.3f} and {two[1]:.3f}")
+    r = result('needle/pairs_128_from_4_1337.json')['recall']
+    assert says(f"two at {r[1]['recall']:.3f}, four at {r[3]['recall']:.3f}, eight at {r[7]['recall']:.3f}")
 
 
 # --- speed and memory -----------------------------------------------------------------------------------------------
