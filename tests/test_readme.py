@@ -136,3 +136,12 @@ def test_context_curve():
     shown = (0, 12, 24, 36, 48, 72, 144, 288)
     assert says('tokens of history before the segment', *map(str, shown))
     assert says('nats per character', *(f'{table[c]:.4f}' for c in shown))
+
+
+def test_context_curve_of_python():
+    r = result('probe/python_fold_gated.json')
+    assert says('tokens of history before the segment', *(str(row['history']) for row in r['context_curve']))
+    assert says('nats per character, Python', *(f"{row['loss']['mean']:.4f}" for row in r['context_curve']))
+    gain = next(row['gain'] for row in r['context_curve'] if row['history'] == r['preserved_context'])
+    assert says(f"preserved context is {r['preserved_context']} characters")
+    assert says(f"by {gain['mean']:.4f} (interval {gain['low']:.4f} to {gain['high']:.4f})")
