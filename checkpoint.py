@@ -222,7 +222,7 @@ def provenance(device='cpu'):
     except OSError:  # no git on this machine
         commit = changed = ''
     name = torch.cuda.get_device_name() if device.startswith('cuda') else cpu_name()
-    return {'command': ' '.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    return {'command': ' '.join([os.path.basename(sys.argv[0]), *map(portable_path, sys.argv[1:])]),
             'commit': (commit or 'unknown') + (' (changed)' if changed else ''),
             'hardware': name, 'threads': torch.get_num_threads(),
             'python': platform.python_version(), 'torch': str(torch.__version__)}
@@ -250,9 +250,17 @@ def load_result(path):
 
 
 def portable(config):
-    """Settings as a result holds them: paths inside the repository are given from its folder on."""
-    inside = ROOT + os.sep
-    return {key: value.removeprefix(inside) if isinstance(value, str) else value for key, value in config.items()}
+    """Settings as a result holds them: with paths that say nothing of this machine."""
+    return {key: portable_path(value) if isinstance(value, str) else value for key, value in config.items()}
+
+
+def portable_path(text):
+    """PATH or --key=PATH, an absolute one given from the repository's folder on, or by its last part if it lies outside."""
+    key, equals, path = text.rpartition('=')
+    if not os.path.isabs(path):
+        return text
+    inside = path.startswith(ROOT + os.sep)
+    return key + equals + (os.path.relpath(path, ROOT) if inside else os.path.basename(path))
 
 
 def cpu_name():

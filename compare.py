@@ -1,7 +1,7 @@
 """
 Side by side: train models on the same corpus, probe and sample each, and write a report on who wins what.
 
-    python compare.py config/compare_shakespeare.py             # an hour on two CPU cores
+    python compare.py config/compare_shakespeare.py             # an hour and a half on two CPU cores
     python compare.py config/compare_shakespeare.py --quick=True  # the same way with a few updates a run, to try it out
     python compare.py config/compare_shakespeare.py --only_report=True  # the report again, of the runs that are there
 

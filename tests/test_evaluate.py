@@ -1,4 +1,5 @@
 """Validation loss: every token once, in order, with the context that the model type is due."""
+import os
 import pytest
 import torch
 from torch.nn import functional as F
@@ -78,3 +79,11 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one(tmp_path):
                  lambda: checkpoint.load_result(str(tmp_path / 'file')), lambda: checkpoint.load_result(str(tmp_path / 'none'))):
         with pytest.raises(SystemExit, match='error: .*(cannot write|is no result)'):
             call()
+
+
+def test_results_say_nothing_of_the_folders_of_this_machine(tmp_path, monkeypatch):
+    inside, outside = os.path.join(checkpoint.ROOT, 'results', 'a.json'), str(tmp_path / 'b.json')
+    monkeypatch.setattr('sys.argv', [inside.replace('a.json', 'probe.py'), f'--out_dir={inside}', outside, '--start=KING'])
+    assert checkpoint.provenance()['command'] == f"probe.py --out_dir={os.path.join('results', 'a.json')} b.json --start=KING"
+    kept = checkpoint.portable({'a': inside, 'b': outside, 'c': 1, 'd': 'out/x'})
+    assert kept == {'a': os.path.join('results', 'a.json'), 'b': 'b.json', 'c': 1, 'd': 'out/x'}
