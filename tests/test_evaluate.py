@@ -1,5 +1,6 @@
 """Validation loss: every token once, in order, with the context that the model type is due."""
 import os
+
 import pytest
 import torch
 from torch.nn import functional as F
