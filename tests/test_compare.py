@@ -147,7 +147,7 @@ def test_flops_are_those_of_the_documented_count():
 
 
 @pytest.mark.parametrize('name, least', [('compare_shakespeare', 3), ('compare_python', 3), ('compare_shakespeare_gpu', 3),
-                                         ('compare_python_long', 1)])
+                                         ('compare_python_long', 1), ('compare_bpe', 1)])
 def test_the_plans_of_the_comparisons_in_the_repository(name, least):
     """Three seeds or more where losses are compared, the same tokens, and models of the same parameters."""
     c = compare.read_comparison(os.path.join(ROOT, 'config', f'{name}.py'))
