@@ -2,7 +2,7 @@
 # Sequences of 384 characters, four times those of config/compare_python.py, and a probe made for long histories: two and
 # a half hours on one CPU core (--jobs=1), half of that on two.
 seeds = [1337]
-tokens = 12_288_000
+tokens = 8_294_400
 
 common = dict(dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4, n_head=4, n_embd=128,
               segment_size=12, block_size=384, batch_size=8, learning_rate=2e-3, min_lr=1e-4)
@@ -18,7 +18,7 @@ runs = {
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 384'
 # histories that leave the segment room in a window of 384, so that no window need slide
-probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', swaps='', targets=6000, words=2000,
+probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', swaps='', targets=4000, words=1500,
              bins='24,48,96,150,336')
 prompts = ['def read(self, ', 'import os\n']
 new_tokens = 200
