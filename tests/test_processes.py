@@ -21,9 +21,11 @@ def in_processes(n, data_dir, out_dir, **settings):
 
 
 @pytest.mark.parametrize('mode', [
-    dict(block_size=16), dict(stream=True, block_size=32, bptt_segments=3, gradient_accumulation_steps=2, recompute=True)])
+    dict(block_size=16), dict(carry='gated', block_size=16, recompute=True),
+    dict(stream=True, block_size=32, bptt_segments=3, gradient_accumulation_steps=2, recompute=True)])
 def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
-    """Of streams, too, of which rows begin anew on the way; the second half of it resumed by one process."""
+    """With a gate that the last backward pass does not meet, too; and of streams, of which rows begin anew on the way, the
+    second half resumed by one process."""
     how = dict(eval_interval=25, lr_decay_iters=50, **mode)
     train(out_dir=tmp_path / 'one', max_iters=50, dropout=0.0, **how)
     first = 35 if 'stream' in mode else 50
