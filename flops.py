@@ -23,7 +23,6 @@ def flops_per_token(model, T, backward=True, carried=False):
         a Fraction, a whole number of FLOPs over T.
     """
     c = model.config
-    gate = unread = 0
     if isinstance(model, FoldGPT):
         l, n_segments = c.segment_size, -(-T // c.segment_size)
         total = n_segments * c.n_local * block_flops(c, l, l)  # a short last segment is padded here
@@ -32,13 +31,11 @@ def flops_per_token(model, T, backward=True, carried=False):
             window = now + (l if s or carried else 0)
             total += (c.n_global - 1) * block_flops(c, window, window) + block_flops(c, window, now)
             if c.carry == 'gated' and window > now:
-                gate = 4 * now * c.n_embd ** 2  # out of [old ; new]
-                total += gate
-        unread = gate  # the last carry leads to no loss
+                total += 4 * now * c.n_embd ** 2  # the gate, out of [old ; new]
     else:
         total = c.n_layer * block_flops(c, T, T)
     total += 2 * T * c.n_embd * c.vocab_size
-    return Fraction(total * 3 - unread * 2 if backward else total, T)
+    return Fraction(total * (3 if backward else 1), T)
 
 
 def block_flops(config, T, n_out):

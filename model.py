@@ -1,7 +1,8 @@
 """
-The baseline GPT (GPT-2's blocks, nanoGPT's parameter names), and FoldGPT, which runs the same blocks by *folded context
-condensation* (Paeng and Kwon, arXiv 2405.04620): a sequence is cut into segments; a local transformer runs inside each;
-a global one over the window [previous segment's output ; this segment]; its output gives logits and is carried on.
+The baseline GPT (GPT-2's blocks, nanoGPT's parameter names), and FoldGPT, which runs the same blocks by
+*folded context condensation* (Paeng and Kwon, arXiv 2405.04620): a sequence is cut into segments; a local
+transformer runs inside each of them; a global transformer runs over the window [previous segment's output ;
+this segment]; its output gives the logits and is carried on into the next segment.
 
     paper                    here                        meaning
     L = l * N_s, d_E         block_size, n_embd          tokens of a training sequence, channels
@@ -160,8 +161,8 @@ class State(SimpleNamespace):
 
     Both: read (B,) int64 on the CPU, the number of tokens. GPT: tokens (B, W), the last ones, and while all that was
     read fits into the window W, their keys and values, cache (B, n_layer, 2, H, W, C/H). FoldGPT, of constant size:
-    carry (B, l, C) of the open segment, as far as it is read; if it is gated, last (B, 1, C), X^s_{N,N} of the last
-    token; keys and values local (B, n_local, 2, H, l, C/H) of that segment, window (B, n_global, 2, H, 2l, C/H)."""
+    carry (B, l, C), X^s_{N,N} of the open segment as far as it is read, the carry once it is full; keys and values
+    local (B, n_local, 2, H, l, C/H) of the open segment, window (B, n_global, 2, H, 2l, C/H) of [past half ; it]."""
 
     def pick(self, rows):
         """A copy of some rows, in any order and number: rows is a slice, a list or a tensor of indices."""
@@ -343,12 +344,12 @@ class FoldGPT(GPT):
         outputs = []
         for x_s in x.split(self.config.segment_size, dim=1):  # s = 1, ..., N_s
             window = x_s if carry is None else torch.cat((carry, x_s), dim=1)  # (B, 2l, C); l for the first segment
-            outputs.append(self.globally(window, x_s.size(1)))
-            carry = self.carried(carry, outputs[-1])
+            carry = self.carried(carry, self.globally(window, x_s.size(1)))
+            outputs.append(carry)
         return torch.cat(outputs, dim=1), carry
 
     def carried(self, old, new):
-        """What goes on of a segment (B, n, C): new, X^s_{N,N}, or its mixture with the carry before it, old."""
+        """The output of a segment (B, n, C) as it goes on: new, X^s_{N,N}, or its mixture with the carry before it, old."""
         if old is None or self.config.carry == 'plain':
             return new
         g = self.carry_gate(torch.cat((old[:, :new.size(1)], new), dim=-1)).sigmoid()
@@ -356,45 +357,44 @@ class FoldGPT(GPT):
 
     def globally(self, window, n_out, caches=None):
         """The global transformer: [X^{s-1}_{N,N} ; X^s_{N,0}] (B, 2l, C) -> X^s_{N,N}, its last n_out positions."""
-        (*blocks, last_block), caches = self.transformer.h[self.config.n_local:], caches or [None] * self.config.n_global
+        *blocks, last_block = list(self.transformer.h)[self.config.n_local:]
+        caches = caches or [None] * self.config.n_global
         for block, cache in zip(blocks, caches):
             window = block(window, cache=cache)  # eq. 13 and 17: both halves one step on
         return last_block(window, n_out, caches[-1])  # eq. 17 with i = N: the current half alone is read
 
     def new_state(self, B=1):
         c, l, zeros = self.config, self.config.segment_size, self.lm_head.weight.new_zeros
-        local, window = (zeros(B, n, 2, c.n_head, S, c.n_embd // c.n_head) for n, S in ((c.n_local, l), (c.n_global, 2 * l)))
-        return State(read=torch.zeros(B, dtype=torch.int64), carry=zeros(B, l, c.n_embd), local=local, window=window,
-                     **({'last': zeros(B, 1, c.n_embd)} if c.carry == 'gated' else {}))
+        heads = c.n_head, c.n_embd // c.n_head
+        local, window = (zeros(B, n, 2, heads[0], S, heads[1]) for n, S in ((c.n_local, l), (c.n_global, 2 * l)))
+        return State(read=torch.zeros(B, dtype=torch.int64), carry=zeros(B, l, c.n_embd), local=local, window=window)
 
     def read_rows(self, idx, state, read):
         """Whole segments at once, what is less than a segment through the caches."""
-        l, gated = self.config.segment_size, self.config.carry == 'gated'
-        x = state.last if gated else state.carry[:, :(read - 1) % l + 1]
+        l, most = self.config.segment_size, 64 * self.config.segment_size
+        x = state.carry[:, :(read - 1) % l + 1]
         while idx.size(1):
-            p, n = read % l, min(64 * l, idx.size(1)) // l * l
+            p, n = read % l, min(most, idx.size(1)) // l * l
             if p == 0 and n:
-                x, carry = self.fold(self.local(idx[:, :n]), state.carry if read else None)
+                x, _ = self.fold(self.local(idx[:, :n]), state.carry if read else None)
             else:
-                n = min(idx.size(1), l - p)
-                x, carry = self.extend(idx[:, :n], state, p, first=read < l)
+                n = min(most, idx.size(1), l - p)
+                x = self.extend(idx[:, :n], state, p, first=read < l)
             if not math.isfinite(torch.linalg.vector_norm(x, math.inf).item()):
                 if n == 1:
                     raise FloatingPointError(f"the state is not finite at token {read}")
                 return [self.read_(token, state) for token in idx.split(1, dim=1)][-1]  # to find the token
-            state.carry[:, p:p + n] = carry
-            if gated:
-                state.last[:] = x[:, -1:]
+            state.carry[:, p:p + n] = x[:, -l:]
             state.read += n
             read, idx = read + n, idx[:, n:]
         return self.head(x)[0][:, -1]
 
     def extend(self, idx, state, p, first):
-        """Tokens idx (B, n) of one segment, from place p on, through its caches -> X^s_{N,N} and carry of them, (B, n, C).
+        """Tokens idx (B, n) of one segment, from place p on, through its caches -> their X^s_{N,N}, (B, n, C).
         At p = 0 the window takes the carry along, which fills in the keys and values of the past half, once."""
         l, n, x = self.config.segment_size, idx.size(1), self.embed(idx, p)
         for block, cache in zip(self.transformer.h, state.local[..., :p + n, :].unbind(dim=1)):
             x = block(x, cache=cache)
         window = x if p or first else torch.cat((state.carry, x), dim=1)
         x = self.globally(window, n, state.window[..., l if first else 0:l + p + n, :].unbind(dim=1))
-        return x, self.carried(None if first else state.carry[:, p:p + n], x)
+        return self.carried(None if first else state.carry[:, p:p + n], x)

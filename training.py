@@ -207,9 +207,7 @@ def parallel(model, device):
     """The model, as one that averages its gradients over the processes if there are several."""
     if WORLD == 1:
         return model
-    gated = getattr(model.config, 'carry', 'plain') == 'gated'  # a gate has no gradient where its carry leads to no loss
-    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
-                                   find_unused_parameters=gated)
+    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None)
 
 
 def from_writer(make):

@@ -281,17 +281,17 @@ def test_the_last_global_layer_computes_only_what_is_read():
     assert counter.get_total_flops() == 2 * (keys_values + queries + attention + rest)
 
 
-def test_a_gated_carry_is_a_mixture_place_by_place_of_old_and_new_and_the_logits_are_of_the_new():
+def test_a_gated_carry_is_a_mixture_place_by_place_of_old_and_new():
     model, idx = make_fold(carry='gated'), tokens(2, 3 * L_SEGMENT)
     W, b = model.carry_gate.weight, model.carry_gate.bias
     expected, outputs = None, []
     for x in model.local(idx).split(L_SEGMENT, dim=1):
         new = model.globally(x if expected is None else torch.cat((expected, x), dim=1), n_out=L_SEGMENT)
-        outputs.append(new)
         if expected is not None:
             g = 1 / (1 + torch.exp(-torch.einsum('btc,dc->btd', torch.cat((expected, new), dim=-1), W) - b))
             new = g * expected + (1 - g) * new
         expected = new
+        outputs.append(new)
     logits, _, carry = model(idx, all_logits=True)
     torch.testing.assert_close(carry, expected, **TOLERANCE)
     torch.testing.assert_close(logits, model.head(torch.cat(outputs, dim=1), all_logits=True)[0], **TOLERANCE)
