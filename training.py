@@ -207,7 +207,9 @@ def parallel(model, device):
     """The model, as one that averages its gradients over the processes if there are several."""
     if WORLD == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None)
+    gated = getattr(model.config, 'carry', 'plain') == 'gated'  # a first segment has no gate: a backward pass may not meet it
+    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
+                                   find_unused_parameters=gated)
 
 
 def from_writer(make):

@@ -8,9 +8,9 @@ common = dict(dataset='shakespeare_bpe', model_type='fold', n_local=1, n_global=
               segment_size=12, block_size=96, batch_size=8, learning_rate=4e-3, min_lr=1e-4)
 runs = {
     'fold': dict(),
+    'GPT, window 96': dict(model_type='gpt'),
     # windows are cut from stretches of 96 tokens, so that every run sees the same text in the same order
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=64, stretch=96),
-    'GPT, window 96': dict(model_type='gpt'),
     'fold, gated carry': dict(carry='gated'),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=32, stretch=96),
     'fold, carry dropped': dict(model_type='fold_dropped'),
