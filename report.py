@@ -141,12 +141,21 @@ def ablation_table(names):
                    f"{m['flops_per_token']:,.0f}", m['preserved_context'][0]] for m in names])
 
 
-def context_table(rows):
-    histories = sorted({row['history'] for r in rows for row in r['probe']['context_curve']})
-    return table(['model, seed', *histories, 'preserved context'],
-                 [[f"{r['name']}, {r['seed']}", *(number(next((row['loss']['mean'] for row in r['probe']['context_curve']
-                                                               if row['history'] == h), None), '.4f') for h in histories),
-                   '' if r['probe']['preserved_context'] is None else r['probe']['preserved_context']] for r in rows])
+def context_table(rows, cell):
+    """What cell makes of the losses under every history, one model and seed a line."""
+    histories, lines = sorted({row['history'] for r in rows for row in r['probe']['context_curve']}), []
+    for r in rows:
+        cells, kept = {row['history']: cell(row) for row in r['probe']['context_curve']}, r['probe']['preserved_context']
+        lines.append([f"{r['name']}, {r['seed']}", *(cells.get(h, '') for h in histories), '' if kept is None else kept])
+    return table(['model, seed', *histories, 'preserved context'], lines)
+
+
+def loss_cell(row):
+    return f"{row['loss']['mean']:.4f}"
+
+
+def worth_cell(row):
+    return f"{row['gain']['mean']:.4f} [{row['gain']['low']:.4f}, {row['gain']['high']:.4f}]" if 'gain' in row else 'reference'
 
 
 def remote_table(rows):
@@ -246,11 +255,13 @@ def markdown(result, c, rows, short, gathered):
                   'Training tokens/s: the median over the log lines, with other runs beside it. Peak MB: the whole process, '
                   'evaluation included. FLOPs: matrix products of forward and backward, counted by torch.',
                   '## Loss against history', 'Tokens of history before a segment of 12, the same targets in every column.',
-                  context_table(rows), '![context](context.png)', '## Remote co-occurrence',
+                  context_table(rows, loss_cell), '![context](context.png)',
+                  'By how much still longer history lowers the loss; 95 % intervals, drawn over contiguous stretches. The '
+                  'preserved context is the last column with an interval above 0.', context_table(rows, worth_cell), '## Remote co-occurrence',
                   'Nats of a word with its last occurrence, minus without it, by the tokens between; 95 % intervals.', remote_table(rows)]
     if short:
         parts += ['## Ablations', f"{short[0]['tokens']:,} tokens each, seed {short[0]['seed']}.", ablation_table(result['ablations']),
-                  context_table(short)]
+                  context_table(short, loss_cell)]
     if rows or short:
         parts += ['## What is equal', equality_table([*rows, *short]), '## The same prompt, continued']
     for i, prompt in enumerate(c['prompts']):

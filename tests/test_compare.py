@@ -139,6 +139,17 @@ def test_the_arithmetic_of_the_report():
     assert report.gap(fold, gpt) == {'below': pytest.approx(0.2), 'sd': 0.1, 'in_sd': pytest.approx(2.0)}
 
 
+def test_the_tables_over_histories():
+    def probed(*rows):
+        return {'context_curve': [dict(history=h, loss={'mean': loss}, **({'gain': gain} if gain else {})) for h, loss, gain in rows],
+                'preserved_context': 0}
+    gain = {'mean': 0.5, 'low': 0.25, 'high': 0.75}
+    rows = [dict(name='a', seed=1, probe=probed((0, 2.5, gain), (12, 2.0, None))),
+            dict(name='b', seed=1, probe=probed((0, 3.0, gain), (24, 2.0, None)))]
+    assert report.context_table(rows, report.loss_cell).splitlines()[2:] == ['| a, 1 | 2.5000 | 2.0000 |  | 0 |', '| b, 1 | 3.0000 |  | 2.0000 | 0 |']
+    assert report.context_table(rows, report.worth_cell).splitlines()[2] == '| a, 1 | 0.5000 [0.2500, 0.7500] | reference |  | 0 |'
+
+
 def test_flops_are_those_of_the_documented_count():
     from flops import flops_per_token
     from model import FoldConfig, FoldGPT
