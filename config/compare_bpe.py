@@ -2,7 +2,7 @@
 # First python prepare.py shakespeare_bpe --file=PATH --tokenizer=gpt2, PATH being the text. Most of the time goes into the
 # 50,257 columns of the output matrix: an hour on one CPU core (--jobs=1), half of that on two.
 seeds = [1337]
-tokens = 768_000  # two and a half times the training split
+tokens = 614_400  # twice the training split
 
 common = dict(dataset='shakespeare_bpe', model_type='fold', n_local=1, n_global=3, n_layer=4, n_head=4, n_embd=128,
               segment_size=12, block_size=96, batch_size=8, learning_rate=4e-3, min_lr=1e-4)
