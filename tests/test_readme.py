@@ -63,10 +63,13 @@ def test_needle_of_the_gpt():
     assert a == b and set(rest) == {'0 of 200'}
 
 
-def test_plain_needle():
-    rows = result('needle/fold_plain_1337.json')['recall']
-    near = [str(row['right']) for row in rows[:-1]]
-    assert says(f"{', '.join(near[:-1])} and {near[-1]} of 200 keys") and says(f"{rows[-1]['right']} of 100 at 1,000,000")
+@pytest.mark.parametrize('kind', ['gated', 'plain'])
+@pytest.mark.parametrize('seed', [1337, 1338, 1339])
+def test_plain_and_gated_needle(kind, seed):
+    r = result(f'needle/fold_{kind}_{seed}.json')
+    first, right = r['first_0.99_at_probe_distance'], {row['distance']: f"{row['right']} of {row['sequences']}" for row in r['recall']}
+    assert says(f'{kind}, {seed}', f"{first['iter']:,} updates" if first else 'never',
+                f"{first['seconds'] / 60:.1f}" if first else '', *(right[d] for d in (192, 12288, 49152, 1000000)))
 
 
 def test_several_needles():
