@@ -266,7 +266,11 @@ def main():
     failed = [run for run in found if run.error or not run.complete()]
     if len(failed) == len(found):
         raise SystemExit(f"error: no run is complete in {out_dir}; a report that was there is kept")
+    import torch
+
     import report
+    if threads:  # speeds of generation as those of training, and no waiting for a core that is busy
+        torch.set_num_threads(threads)
     report.write_report(found, c, results_dir, device)
     print(f"written to {os.path.relpath(results_dir, ROOT)}{os.sep}: report.md, report.json and pictures"
           f"{f'; {len(failed)} of {len(found)} runs are not complete' if failed else ''}")

@@ -148,3 +148,25 @@ def test_context_curve_of_python():
     gain = next(row['gain'] for row in r['context_curve'] if row['history'] == r['preserved_context'])
     assert says(f"preserved context is {r['preserved_context']} characters")
     assert says(f"by {gain['mean']:.4f} (interval {gain['low']:.4f} to {gain['high']:.4f})")
+
+
+@pytest.mark.parametrize('name, shown', [('compare_python_long', (0, 12, 24, 48, 96, 144, 192, 360)), ('compare_bpe', (0, 12, 24, 48, 84))])
+def test_text_beside_its_controls(name, shown):
+    for run in result(f'{name}/report.json')['runs']:
+        if 'failed' not in run:
+            losses, kept = {row['history']: row['loss']['mean'] for row in run['probe']['context_curve']}, run['probe']['preserved_context']
+            assert says(run['name'], f"{run['loss']:.4f}", *(f'{losses[c]:.4f}' for c in shown), 'none' if kept is None else str(kept))
+
+
+def test_text_beside_its_controls_in_words():
+    runs = {run['name']: run['probe'] for run in result('compare_python_long/report.json')['runs'] if 'failed' not in run}
+    plain, gated = runs['fold'], runs['fold, gated carry']
+    assert says(f"plain carry preserves {plain['preserved_context']} characters") and says(f"the gated one {gated['preserved_context']}")
+    gain = next(row['gain'] for row in plain['context_curve'] if row['history'] == plain['preserved_context'])
+    assert says(f"{gain['mean']:.5f} nats (interval {gain['low']:.5f} to {gain['high']:.5f})")
+    word = next(row['difference'] for row in plain['co_occurrence'] if row['from'] == 48)
+    assert says(f"{-word['mean']:.3f} nats, interval {-word['high']:.3f} to {-word['low']:.3f}")
+    word = {row['from']: row['difference']['mean'] for row in runs['GPT, window 384']['co_occurrence']}
+    assert says(f"The GPT of window 384 does: {-word[96]:.3f} nats at 96 to 149 characters and {-word[150]:.3f} at 150 to 335")
+    losses = {run['name']: run['loss'] for run in result('compare_python_long/report.json')['runs'] if 'failed' not in run}
+    assert says(f"its loss is {losses['GPT, window 384'] - losses['fold']:.3f} above the fold's")
