@@ -1,6 +1,6 @@
 # The fold and its controls on tiny Shakespeare in GPT-2's byte pairs: python compare.py config/compare_bpe.py
 # First python prepare.py shakespeare_bpe --file=PATH --tokenizer=gpt2, PATH being the text. Most of the time goes into the
-# 50,257 columns of the output matrix: an hour on one CPU core (--jobs=1), half of that on two.
+# 50,257 columns of the output matrix: about an hour on one CPU core (--jobs=1).
 seeds = [1337]
 tokens = 614_400  # twice the training split
 

@@ -1,6 +1,6 @@
 # How far back folds use Python source, beside their controls: python compare.py config/compare_python_long.py
 # Sequences of 384 characters, four times those of config/compare_python.py, and a probe made for long histories: two
-# hours on one CPU core (--jobs=1), one on two.
+# and a half hours on one CPU core (--jobs=1).
 seeds = [1337]
 tokens = 9_216_000
 
