@@ -7,8 +7,8 @@ tokens = 9_216_000
 common = dict(dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4, n_head=4, n_embd=128,
               segment_size=12, block_size=384, batch_size=8, learning_rate=2e-3, min_lr=1e-4)
 runs = {
-    'fold, gated carry': dict(carry='gated'),
     'fold': dict(),
+    'fold, gated carry': dict(carry='gated'),
     'GPT, window 384': dict(model_type='gpt'),
     # windows are cut from stretches of 384 tokens, so that every run sees the same text in the same order
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=256, stretch=384),
