@@ -73,28 +73,32 @@ class CausalSelfAttention(nn.Module):
         A cache (B, 2, H, S, C/H), S >= T, holds keys and values of S - T positions before x; those of x are filled in."""
         B, T, C = x.shape
         if n_out in (None, T):
-            qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(0, 2, 3, 1, 4)  # (B, 3, H, T, C/H)
-            q, kv = qkv[:, 0], qkv[:, 1:]
+            q, k, v = self.heads(self.c_attn(x), 3)
         else:  # queries are computed only where somebody reads the answer
-            w, b = self.c_attn.weight, self.c_attn.bias
-            q = F.linear(x[:, -n_out:], w[:C], None if b is None else b[:C]).view(B, n_out, self.n_head, -1).transpose(1, 2)
-            kv = F.linear(x, w[C:], None if b is None else b[C:]).view(B, T, 2, self.n_head, -1).permute(0, 2, 3, 1, 4)
+            (w_q, w_kv), b = self.c_attn.weight.split([C, 2 * C]), self.c_attn.bias
+            b_q, b_kv = (None, None) if b is None else b.split([C, 2 * C])
+            (q,), (k, v) = self.heads(F.linear(x[:, -n_out:], w_q, b_q), 1), self.heads(F.linear(x, w_kv, b_kv), 2)
         if cache is not None:
-            cache[..., -T:, :] = kv
-            kv = cache  # (B, 2, H, S, C/H)
-        y = attend(q, *kv.unbind(1), self.dropout if self.training else 0.0)  # (B, H, n_out, C/H)
+            cache[:, 0, :, -T:], cache[:, 1, :, -T:] = k, v
+            k, v = cache.unbind(1)  # (B, H, S, C/H) each
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, n_out, C/H)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)), self.dropout, self.training)
+
+    def heads(self, x, n):
+        """x (B, T, n*C) -> n tensors (B, H, T, C/H)."""
+        return x.view(*x.shape[:2], n, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(q, k, v, dropout=0.0):
     """Softmax attention of q (B, H, n, C/H) to k, v (B, H, S, C/H); the last query sees all, the one before one less."""
-    n, S = q.size(2), k.size(2)
+    (B, H, n, D), S = q.shape, k.size(2)
     if n == 1 or n == S > 64:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=n > 1)
     # on windows as short as a fold's, the fused kernels are slower than this
-    future = torch.ones(n, S, dtype=torch.bool, device=q.device).triu(S - n + 1)
-    weights = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, n, S)
-    return F.dropout(weights.masked_fill(future, float('-inf')).softmax(dim=-1), dropout) @ v
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    future = q.new_full((n, S), float('-inf')).triu(S - n + 1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(dim=-1)  # (B*H, n, S)
+    return (F.dropout(weights, dropout) @ v).view(B, H, n, D)
 
 
 class MLP(nn.Module):

@@ -2,11 +2,12 @@
 # A run is what `common` says, and over that what the run says: settings of train.py. `tokens` and the seed are the same
 # for all `runs`; the `ablations` are shorter, with the first seed alone, the first of them being the one to compare with.
 seeds = [1337, 1338, 1339]
-tokens = 6_144_000           # that each of the runs is trained on
-ablation_tokens = 1_536_000  # that each of the ablations is trained on
+tokens = 4_608_000           # that each of the runs is trained on
+ablation_tokens = 1_152_000  # that each of the ablations is trained on
 
-common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4,
-              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=16, learning_rate=4e-3, min_lr=1e-4)
+common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=0, n_global=4, n_layer=4,
+              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=16, learning_rate=4e-3, min_lr=1e-4,
+              weight_decay=0.5)
 runs = {
     'fold': dict(),
     # windows are cut from stretches of 96 tokens, so that every run sees the same text in the same order
@@ -23,6 +24,7 @@ ablations = {
     'past half without causal mask': dict(model_type='fold_open'),
     'past half frozen': dict(model_type='fold_frozen'),
     'position embedding of the window': dict(model_type='fold_placed'),
+    '1 local, 3 global layers': dict(n_local=1, n_global=3),
     '2 local, 2 global layers': dict(n_local=2, n_global=2),
     '3 local, 1 global layer': dict(n_local=3, n_global=1),
     'segments of 6': dict(segment_size=6),
