@@ -27,9 +27,9 @@ def test_side_by_side(name):
 
 def test_side_by_side_in_words():
     r = result('compare_shakespeare/report.json')
-    fold, same, twice, full = (m['loss'] for m in r['models'])
+    fold, same, twice, full, dropped = (m['loss'] for m in r['models'])
     assert says(f"window: {same - fold:.4f} below it, {(same - fold) / r['same_window']['sd']:.1f} standard deviations")
-    assert says(f"({fold - twice:.4f} above)") and says(f"({fold - full:.4f} above, less")
+    assert says(f"({twice - fold:.4f} below)") and says(f"({full - fold:.4f} below), by") and says(f"is worth {dropped - fold:.4f}.")
     flops, time = (r['full_window'][what]['fold'] for what in ('FLOPs', 'time'))
     assert says(f"at equal FLOPs it stands at {flops:.4f}, at equal time at {time:.4f}")
 
