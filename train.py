@@ -63,7 +63,7 @@ log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA and float32 elsewhere
-compile = 'auto'            # 'off', 'kernels' or 'graphs' (CUDA graphs); 'auto' is 'kernels' on CUDA, else 'off'
+compile = 'auto'            # 'off', 'manual' (backward pass), 'kernels', 'graphs'; 'auto': 'kernels' on CUDA, 'manual' on the CPU
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 config = configure(globals())
 
@@ -97,7 +97,7 @@ def check_config():
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise SystemExit(f"error: dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
     if compile not in training.COMPILE:
-        raise SystemExit(f"error: compile must be 'auto', 'off', 'kernels' or 'graphs', not {compile!r}")
+        raise SystemExit(f"error: compile must be 'auto', 'off', 'manual', 'kernels' or 'graphs', not {compile!r}")
     if stretch and (stretch % block_size or batch_size * block_size % stretch):
         raise SystemExit(f"error: stretch={stretch} must be a multiple of block_size={block_size} and divide "
                          f"batch_size * block_size = {batch_size * block_size}")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import manual_backward
 from model import FoldGPT
 
 # set by torchrun; a single process has none of them
@@ -270,19 +271,22 @@ class Stop:
 
 # --- compiling --------------------------------------------------------------------------------------------------
 
-COMPILE = {'auto': None, 'off': None, 'kernels': 'default', 'graphs': 'reduce-overhead'}  # modes of torch.compile
+COMPILE = {'auto': None, 'off': None, 'manual': None, 'kernels': 'default', 'graphs': 'reduce-overhead'}  # modes of torch.compile
 
 
 def compile_model(model, B, how, device, autocast=nullcontext()):
     """Compile what an update on B rows runs most, in place: of a fold, the step of the segment loop, `globally` on
     whole windows (B, 2l, C); of a GPT, all of its blocks, `hidden` on (B, block_size) tokens. Other shapes stay eager.
 
-    how: 'kernels' fuses operations, 'graphs' replays them as a CUDA graph as well, 'off' does nothing; 'auto' is
-    'kernels' on CUDA and 'off' elsewhere. It is tried out, backward too; if that fails, a line says so and everything
-    stays as it is. Returns whether the model is compiled.
+    how: 'kernels' fuses operations, 'graphs' replays them as a CUDA graph as well, 'off' does nothing, 'manual' takes
+    the backward pass of manual_backward.py where it serves (float32, and what its install says); 'auto' is 'kernels' on
+    CUDA, 'manual' on the CPU and 'off' elsewhere. What is compiled is tried out, backward too; if that fails, a line says
+    so and everything stays as it is. Returns whether the model is another now.
     """
     if how == 'auto':
-        how = 'kernels' if device.startswith('cuda') else 'off'
+        how = 'kernels' if device.startswith('cuda') else 'manual' if device == 'cpu' else 'off'
+    if how == 'manual':
+        return isinstance(autocast, nullcontext) and manual_backward.install(model)
     if how == 'off':
         return False
     c, fold = model.config, isinstance(model, FoldGPT)

@@ -8,8 +8,8 @@ l, VOCAB = 3, 11
 EXACT = dict(rtol=0, atol=1e-10)
 
 
-def make_fold(segments=8, dropout=0.0, l=l, n_local=2, n_global=2, carry='plain'):
-    model = FoldGPT(FoldConfig(block_size=segments * l, segment_size=l, vocab_size=VOCAB, n_head=2, n_embd=8, bias=True,
+def make_fold(segments=8, dropout=0.0, l=l, n_local=2, n_global=2, carry='plain', bias=True):
+    model = FoldGPT(FoldConfig(block_size=segments * l, segment_size=l, vocab_size=VOCAB, n_head=2, n_embd=8, bias=bias,
                                n_local=n_local, n_global=n_global, dropout=dropout, carry=carry)).double()
     with torch.no_grad():
         for p in model.parameters():

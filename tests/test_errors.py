@@ -119,7 +119,7 @@ def test_an_unwritable_folder(train, tmp_path):
     (dict(model_type='gpt', bptt_segments=2), ['a GPT has no segments', 'bptt_segments must be 0']),
     (dict(model_type='gpt', recompute=True), ['a GPT has no segments', 'recompute False']),
     (dict(checkpoint_interval=-1), ['checkpoint_interval must be at least 0']),
-    (dict(compile='yes'), ["compile must be 'auto', 'off', 'kernels' or 'graphs', not 'yes'"]),
+    (dict(compile='yes'), ["compile must be 'auto', 'off', 'manual', 'kernels' or 'graphs', not 'yes'"]),
     (dict(block_size=8000), ['too short', 'lower block_size']),
     (dict(dataset='tinny'), ["no text for the data set 'tinny'"]),
     (dict(init_from='resume'), ['no checkpoint at', 'last.pt']),

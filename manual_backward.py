@@ -1,0 +1,159 @@
+"""
+The fold's blocks with their backward pass written out: model.py's results and gradients, in fewer and cheaper calls.
+
+Automatic differentiation makes a node of every operation. With segments of a dozen tokens the keeping of these nodes takes
+a sizable part of the time on a CPU, and every segment's gradient of a matrix is a new tensor, added to the one before.
+Here the whole segment-carry loop is one node, and a matrix has one gradient, to which all segments add in place.
+model.py stays what defines the model: the tests hold this against it, in float64.
+"""
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from model import FoldGPT
+
+GELU_BACKWARD = torch.ops.aten.gelu_backward.default
+NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
+
+
+def install(model):
+    """Let a fold compute its blocks so wherever a gradient is wanted, in place.
+
+    Returns whether it does: not for a GPT (tried: no gain), a gated carry, dropout, or a fold that differs from FoldGPT.
+    """
+    if type(model) is not FoldGPT or model.config.carry != 'plain' or model.config.dropout:
+        return False
+    blocks, n_local, l = list(model.transformer.h), model.config.n_local, model.config.segment_size
+    eager_local, eager_fold = model.local, model.fold
+
+    def local(idx):  # all segments at once, none of which has one before it
+        if not n_local or not torch.is_grad_enabled():
+            return eager_local(idx)
+        (B, T), segments = idx.shape, F.pad(idx, (0, -idx.size(1) % l)).view(-1, l)  # (B*N_s, l)
+        return loop(blocks[:n_local], model.embed(segments), None, l).view(B, -1, model.config.n_embd)[:, :T]
+
+    def fold(x, carry):
+        if not torch.is_grad_enabled():
+            return eager_fold(x, carry)
+        outputs = loop(blocks[n_local:], x, carry, l)
+        return outputs, outputs[:, (x.size(1) - 1) // l * l:]  # the last segment, which may be short
+    model.local, model.fold = local, fold
+    return True
+
+
+def loop(blocks, x, carry, l):
+    """FoldGPT.fold with the plain carry: x (B, T, C), carry (B, l, C) or None -> the outputs of all segments, (B, T, C)."""
+    parameters = [p for block in blocks for pair in block.weights for p in pair]
+    return Loop.apply(x, carry, l, blocks[0].attn.n_head, *parameters)
+
+
+class Loop(torch.autograd.Function):
+    """Segment after segment through all blocks, each in a window with the output of the one before it (eq. 13 to 17)."""
+
+    @staticmethod
+    def forward(ctx, x, carry, l, n_head, *parameters):
+        """Twelve parameters a block, in the order of Block.weights; biases may be None."""
+        blocks, outputs, ctx.saved = list(zip(*[iter(parameters)] * 12)), [], []
+        for x_s in x.split(l, dim=1):
+            window = x_s if carry is None else torch.cat((carry, x_s), dim=1)  # (B, 2l, C); l for the first segment
+            for p in blocks:
+                n = x_s.size(1) if p is blocks[-1] else window.size(1)
+                window, saved = block_forward(p, window, n, n_head)
+                ctx.saved.append(saved)
+            carry = window
+            outputs.append(carry)
+        ctx.blocks, ctx.l, ctx.n_head = blocks, l, n_head
+        return torch.cat(outputs, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        sums = [[None if p is None else torch.zeros_like(p) for p in block] for block in ctx.blocks]
+        onward, parts = None, []  # what a segment's output gets from the window of the next one
+        for g in reversed(grad.split(ctx.l, dim=1)):
+            n = g.size(1)
+            g = g if onward is None else g + onward[:, :n]
+            for p, total in zip(reversed(ctx.blocks), reversed(sums)):
+                g = block_backward(p, ctx.saved.pop(), g, total, ctx.n_head)  # (B, n, C) -> (B, T of its window, C)
+            onward = g[:, :-n] if g.size(1) > n else None
+            parts.append(g[:, -n:])
+        return torch.cat(parts[::-1], dim=1), onward, None, None, *(g for total in sums for g in total)
+
+
+def block_forward(p, x, n, n_head):
+    """Block.forward: x (B, T, C) -> its last n positions (B, n, C), and what block_backward needs."""
+    (B, T, C), (w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down) = x.shape, p
+    a, *norm_1 = torch.native_layer_norm(x, (C,), w_1, b_1, 1e-5)
+    if n == T:
+        q, k, v = heads(F.linear(a, w_qkv, b_qkv), 3, n_head)
+    else:  # the last block: its past half gives keys and values alone
+        q, = heads(F.linear(a[:, -n:], w_qkv[:C], b_qkv if b_qkv is None else b_qkv[:C]), 1, n_head)
+        k, v = heads(F.linear(a, w_qkv[C:], b_qkv if b_qkv is None else b_qkv[C:]), 2, n_head)
+    future = x.new_full((n, T), float('-inf')).triu(T - n + 1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(dim=-1)  # (B*H, n, T)
+    y = merged(torch.bmm(weights, v)[None], B)  # (B*n, C)
+    x_2 = affine(x[:, -n:].reshape(-1, C), y, w_o, b_o)
+    b, *norm_2 = torch.native_layer_norm(x_2, (C,), w_2, b_2, 1e-5)
+    h = F.linear(b, w_fc, b_fc)
+    u = F.gelu(h)
+    return affine(x_2, u, w_down, b_down).view(B, n, C), (x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u)
+
+
+def block_backward(p, saved, g, sums, n_head):
+    """The gradient of block_forward's x (B, T, C) from that of its result, g (B, n, C); those of p are added to sums."""
+    w_1, b_1, w_qkv, _, w_o, _, w_2, b_2, w_fc, _, w_down, _ = p
+    x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u = saved
+    (B, T, C), n = x.shape, g.size(1)
+    g = g.reshape(-1, C)
+    add_products(sums[10:12], g, u)
+    g_h = GELU_BACKWARD(torch.mm(g, w_down), h)
+    add_products(sums[8:10], g_h, b)
+    g_2 = add_norm(sums[6:8], torch.mm(g_h, w_fc), x_2, norm_2, w_2, b_2).add_(g)
+    add_products(sums[4:6], g_2, y)
+    g_y, = heads(torch.mm(g_2, w_o).view(B, n, C), 1, n_head)
+    g_s = torch._softmax_backward_data(torch.bmm(g_y, v.transpose(1, 2)), weights, -1, x.dtype).mul_(q.size(-1) ** -0.5)
+    g_kv = x.new_empty(2, *k.shape)
+    torch.bmm(g_s.transpose(1, 2), q, out=g_kv[0])
+    torch.bmm(weights.transpose(1, 2), g_y, out=g_kv[1])
+    g_q, g_kv, flat = merged(torch.bmm(g_s, k)[None], B), merged(g_kv, B), a.view(-1, C)  # (B*n, C), (B*T, 2C), (B*T, C)
+    q_sums, kv_sums = zip(*((None, None) if s is None else s.split([C, 2 * C]) for s in sums[2:4]))
+    add_products(q_sums, g_q, a[:, -n:].reshape(-1, C))
+    add_products(kv_sums, g_kv, flat)
+    g_a = torch.mm(g_kv, w_qkv[C:]).view(B, T, C)
+    g_a[:, -n:] += torch.mm(g_q, w_qkv[:C]).view(B, n, C)
+    g_x = add_norm(sums[0:2], g_a, x, norm_1, w_1, b_1)
+    g_x[:, -n:] += g_2.view(B, n, C)
+    return g_x
+
+
+def heads(x, n, n_head):
+    """x (B, T, n*C) -> (n, B*H, T, C/H)."""
+    B, T, _ = x.shape
+    return x.view(B, T, n, n_head, -1).permute(2, 0, 3, 1, 4).reshape(n, B * n_head, T, -1)
+
+
+def merged(x, B):
+    """The way back, (n, B*H, T, C/H) -> (B*T, n*C)."""
+    n, BH, T, D = x.shape
+    return x.view(n, B, BH // B, T, D).permute(1, 3, 0, 2, 4).reshape(B * T, -1)
+
+
+def affine(start, x, w, b):
+    """start + x W^T + b."""
+    return torch.addmm(start if b is None else start + b, x, w.t())
+
+
+def add_products(sums, g, x):
+    """Add to sums, in place, the gradients of a matrix and of its bias, if any: its output's g (R, M), its input x (R, K)."""
+    sums[0].addmm_(g.t(), x)
+    if sums[1] is not None:
+        sums[1].add_(g.sum(dim=0))
+
+
+def add_norm(sums, g, x, norm, w, b):
+    """Back through a layer norm of x: returns the gradient of x, adds those of weight and bias to sums, in place."""
+    g_x, g_w, g_b = NORM_BACKWARD(g, x, (x.size(-1),), *norm, w, b, [True, True, b is not None])
+    sums[0].add_(g_w)
+    if b is not None:
+        sums[1].add_(g_b)
+    return g_x
