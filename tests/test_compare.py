@@ -170,3 +170,11 @@ def test_the_plans_of_the_comparisons_in_the_repository(name, least):
         assert len({compare.tokens_of(run) for run in some}) <= 1
         sizes = [{'bias': False, **run.settings, 'vocab_size': 65} for run in some if run.settings.get('carry') != 'gated']
         assert len({make_model(size['model_type'], size).num_params() for size in sizes}) <= 1
+
+
+def test_the_plan_of_what_moves_the_reach():
+    """Models of other sizes among them; the tokens are the same, and each run differs in something from the others."""
+    found = compare.plan(compare.read_comparison(os.path.join(ROOT, 'config', 'compare_python_reach.py')), 'runs')
+    assert len({compare.tokens_of(run) for run in found}) == 1
+    settings = [{key: value for key, value in run.settings.items() if not key.endswith('_interval')} for run in found]
+    assert all(a != b for i, a in enumerate(settings) for b in settings[:i])

@@ -54,3 +54,4 @@ def test_it_is_not_taken_for_what_it_does_not_compute():
     gpt = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
     for model in (make_fold(carry='gated'), make_fold(dropout=0.1), gpt):
         assert not training.compile_model(model, 2, 'manual', 'cpu') and 'fold' not in vars(model)
+    assert not training.compile_model(make_fold(), 2, 'auto', 'cpu', torch.autocast('cpu', torch.bfloat16))

@@ -29,9 +29,21 @@ def test_side_by_side_in_words():
     r = result('compare_shakespeare/report.json')
     fold, same, twice, full, dropped = (m['loss'] for m in r['models'])
     assert says(f"window: {same - fold:.4f} below it, {(same - fold) / r['same_window']['sd']:.1f} standard deviations")
-    assert says(f"({twice - fold:.4f} below)") and says(f"({full - fold:.4f} below), by") and says(f"is worth {dropped - fold:.4f}.")
+    assert says(f"({twice - fold:.4f} below)") and says(f"({full - fold:.4f} below),") and says(f"is worth {dropped - fold:.4f}.")
     flops, time = (r['full_window'][what]['fold'] for what in ('FLOPs', 'time'))
     assert says(f"at equal FLOPs it stands at {flops:.4f}, at equal time at {time:.4f}")
+
+
+def test_distances_from_the_other_gpts():
+    fold, _, *others = result('compare_shakespeare/report.json')['models']
+    twice, full = ((m['loss'] - fold['loss']) / max(m['sd'], fold['sd']) for m in others[:2])
+    assert says(f"{twice:.1f} and {full:.1f} standard deviations")
+
+
+def test_weight_decay():
+    fold, gpt, fold_decayed, all_global, gpt_decayed = (f"{r['val_loss']:.4f}" for r in result('weight_decay_search.json')['runs'])
+    assert says(f"1 + 3 layers from {fold} to {fold_decayed} and the GPT of window 12 from {gpt} to {gpt_decayed}, and "
+                f"0 + 4 layers have {all_global} at 0.1")
 
 
 def test_ablations():
