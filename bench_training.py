@@ -2,7 +2,7 @@
 Measure training: tokens per second, efficiency, and memory as a function of the length of a sequence.
 
     python bench_training.py                       # all of it; hours on two CPU cores, most of it for long sequences
-    python bench_training.py --parts=speed --rounds=5
+    python bench_training.py --parts=speed --sizes=2+2x128x4 --rounds=61
     python bench_training.py --parts=memory,longest --block_sizes=192,768 --longest_cap=3072
 """
 import json
@@ -55,6 +55,8 @@ def make(mode, size, T, c):
         block_size=T, vocab_size=c['vocab_size'], n_layer=n_local + n_global, n_local=n_local, n_global=n_global,
         n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)).to(c['device'])
     kind = c['device'].split(':')[0]
+    if kind == 'cpu':
+        training.keep_freed_memory()
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
     training.compile_model(model, c['batch_size'], c['compile'], c['device'], autocast)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
@@ -85,31 +87,57 @@ def wait(device):
         torch.cuda.synchronize()
 
 
+def speed_side(mode, size, c):
+    """One side of measure_speed, in this process: its FLOPs per token and parameters, then, for every line that comes in,
+    `steps` updates and their tokens per second. Each is a line of JSON on standard output."""
+    import torch
+    from flops import flops_per_token
+    if c['threads']:
+        torch.set_num_threads(c['threads'])
+    torch.manual_seed(1337)
+    model, _, update = make(mode, size, c['window'], c)
+    x, y = batch(c['window'], c)
+    print(json.dumps([float(flops_per_token(model, c['window'])), model.num_params()]), flush=True)
+    for _ in sys.stdin:
+        before = time.perf_counter()
+        for _ in range(c['steps']):
+            update(x, y)
+        wait(c['device'])
+        print(json.dumps(c['steps'] * x.numel() / (time.perf_counter() - before)), flush=True)
+
+
 def measure_speed(size, c):
     """Tokens per second of every mode at one size, alternating; medians, and efficiency against the GPT.
 
+    Each side has a process of its own, as in training, so that none finds its memory in pieces that another left.
     Efficiency is (tokens/s of a fold / tokens/s of the GPT) / (FLOPs per token of the GPT / those of the fold).
     """
-    from flops import flops_per_token
-    T, speeds = c['window'], {mode: [] for mode in MODES}
-    sides = {mode: make(mode, size, T, c) for mode in MODES}
-    for r in range(c['rounds'] + 1):  # the first one warms up
-        for mode in MODES if r % 2 else MODES[::-1]:
-            x, y = batch(T, c)
-            wait(c['device'])
-            before = time.perf_counter()
-            for _ in range(c['steps']):
-                sides[mode][2](x, y)
-            wait(c['device'])
-            if r:
-                speeds[mode].append(c['steps'] * x.numel() / (time.perf_counter() - before))
-    flops = {mode: float(flops_per_token(sides[mode][0], T)) for mode in MODES}
+    sides = {mode: subprocess.Popen([sys.executable, os.path.abspath(__file__), 'speed', json.dumps([mode, size, c])],
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for mode in MODES}
+
+    def answer(mode):
+        line = sides[mode].stdout.readline()
+        if not line:
+            raise SystemExit(f"error: the process of {mode} at {size} ended with code {sides[mode].wait()}")
+        return json.loads(line)
+
+    def ask(mode):
+        sides[mode].stdin.write('\n')
+        sides[mode].stdin.flush()
+        return answer(mode)
+    try:
+        counted, speeds = {mode: answer(mode) for mode in MODES}, {mode: [] for mode in MODES}
+        for r in range(c['rounds'] + 1):  # the first one warms up
+            for mode in MODES if r % 2 else MODES[::-1]:
+                speeds[mode].append(ask(mode))
+    finally:
+        for side in sides.values():
+            side.kill()
     rows = {}
-    for mode in MODES:
-        ratio = statistics.median(a / b for a, b in zip(speeds[mode], speeds['gpt']))
-        rows[mode] = {'tokens_per_s': statistics.median(speeds[mode]), 'all': speeds[mode], 'ratio': ratio,
-                      'flops_per_token': flops[mode], 'parameters': sides[mode][0].num_params(),
-                      'efficiency': ratio * flops[mode] / flops['gpt']}
+    for mode, (flops, parameters) in counted.items():
+        ratio = statistics.median(a / b for a, b in zip(speeds[mode][1:], speeds['gpt'][1:]))
+        rows[mode] = {'tokens_per_s': statistics.median(speeds[mode][1:]), 'all': speeds[mode][1:], 'ratio': ratio,
+                      'flops_per_token': flops, 'parameters': parameters, 'efficiency': ratio * flops / counted['gpt'][0]}
     return rows
 
 
@@ -269,17 +297,16 @@ def measure(c):
         parse(size)
     numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
     path = os.path.join(ROOT, c['results_dir'], 'training.json')
-    results = load_result(path) if os.path.exists(path) else {}  # parts that are not measured now stay as they were
-    for part in c['parts'].split(','):
-        results.setdefault('made', {})[part] = {'settings': portable(c), 'provenance': provenance(c['device'])}
-        results[part] = {}
+    results = load_result(path) if os.path.exists(path) else {}  # parts and sizes not measured now stay as they were
+    made, how = results.setdefault('made', {}), {'settings': portable(c), 'provenance': provenance(c['device'])}
     if 'speed' in c['parts']:
         for size in c['sizes'].split(','):
-            results['speed'][size] = measure_speed(size, c)
+            results.setdefault('speed', {})[size], made[f'speed {size}'] = measure_speed(size, c), how
             save_result(path, results)  # each as soon as it is there: they take long
     for part, work in (('memory', memory_curve), ('longest', longest)):
         if part in c['parts']:
             print(f"{part}:")
+            results[part], made[part] = {}, how
             for mode in MODES:
                 results[part][mode] = work(mode, first, c)
                 save_result(path, results)
@@ -292,5 +319,7 @@ def measure(c):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['point']:
         print(json.dumps(memory_point(*json.loads(sys.argv[2]))))
+    elif sys.argv[1:2] == ['speed']:
+        speed_side(*json.loads(sys.argv[2]))
     else:
         measure(configure(globals()))

@@ -30,7 +30,7 @@ def install(model):
         if not n_local or not torch.is_grad_enabled():
             return eager_local(idx)
         (B, T), segments = idx.shape, F.pad(idx, (0, -idx.size(1) % l)).view(-1, l)  # (B*N_s, l)
-        return loop(blocks[:n_local], model.embed(segments), None, l).view(B, -1, model.config.n_embd)[:, :T]
+        return loop(blocks[:n_local], model.embed(segments), None, l).reshape(B, -1, model.config.n_embd)[:, :T]
 
     def fold(x, carry):
         if not torch.is_grad_enabled():
@@ -48,100 +48,113 @@ def loop(blocks, x, carry, l):
 
 
 class Loop(torch.autograd.Function):
-    """Segment after segment through all blocks, each in a window with the output of the one before it (eq. 13 to 17)."""
+    """Segment after segment through all blocks, each in a window with the output of the one before it (eq. 13 to 17).
+
+    Inside, time comes before the batch, (T, B, C) as rows (T*B, C): a segment and the second half of a window are then
+    contiguous, and heads are views.
+    """
 
     @staticmethod
     def forward(ctx, x, carry, l, n_head, *parameters):
         """Twelve parameters a block, in the order of Block.weights; biases may be None."""
+        B, T, C = x.shape
         blocks, outputs, ctx.saved = list(zip(*[iter(parameters)] * 12)), [], []
-        for x_s in x.split(l, dim=1):
-            window = x_s if carry is None else torch.cat((carry, x_s), dim=1)  # (B, 2l, C); l for the first segment
+        carry = None if carry is None else rows(carry)
+        for x_s in rows(x).split(l * B):
+            window = x_s if carry is None else torch.cat((carry, x_s))  # (2l*B, C); l*B for the first segment
             for p in blocks:
-                n = x_s.size(1) if p is blocks[-1] else window.size(1)
-                window, saved = block_forward(p, window, n, n_head)
+                n = len(x_s) if p is blocks[-1] else len(window)
+                window, saved = block_forward(p, window, n, B, n_head)
                 ctx.saved.append(saved)
             carry = window
             outputs.append(carry)
         ctx.blocks, ctx.l, ctx.n_head = blocks, l, n_head
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs).view(T, B, C).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        B, T, C = grad.shape
         sums = [[None if p is None else torch.zeros_like(p) for p in block] for block in ctx.blocks]
         onward, parts = None, []  # what a segment's output gets from the window of the next one
-        for g in reversed(grad.split(ctx.l, dim=1)):
-            n = g.size(1)
-            g = g if onward is None else g + onward[:, :n]
+        for g in reversed(rows(grad).split(ctx.l * B)):
+            n = len(g)
+            g = g if onward is None else g + onward[:n]
             for p, total in zip(reversed(ctx.blocks), reversed(sums)):
-                g = block_backward(p, ctx.saved.pop(), g, total, ctx.n_head)  # (B, n, C) -> (B, T of its window, C)
-            onward = g[:, :-n] if g.size(1) > n else None
-            parts.append(g[:, -n:])
-        return torch.cat(parts[::-1], dim=1), onward, None, None, *(g for total in sums for g in total)
+                g = block_backward(p, ctx.saved.pop(), g, total, B, ctx.n_head)  # (n, C) -> (rows of its window, C)
+            onward = g[:-n] if len(g) > n else None
+            parts.append(g[-n:])
+        g_carry = None if onward is None else onward.view(-1, B, C).transpose(0, 1)
+        g_x = torch.cat(parts[::-1]).view(T, B, C).transpose(0, 1)
+        return g_x, g_carry, None, None, *(g for total in sums for g in total)
 
 
-def block_forward(p, x, n, n_head):
-    """Block.forward: x (B, T, C) -> its last n positions (B, n, C), and what block_backward needs."""
-    (B, T, C), (w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down) = x.shape, p
+def block_forward(p, x, n, B, n_head):
+    """Block.forward: rows x (R, C), R = T*B -> its last n rows (n, C), and what block_backward needs."""
+    (R, C), (w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down) = x.shape, p
     a, *norm_1 = torch.native_layer_norm(x, (C,), w_1, b_1, 1e-5)
-    if n == T:
-        q, k, v = heads(F.linear(a, w_qkv, b_qkv), 3, n_head)
+    if n == R:
+        q, k, v = heads(F.linear(a, w_qkv, b_qkv), 3, B, n_head)  # (B*H, T, C/H) each
     else:  # the last block: its past half gives keys and values alone
-        q, = heads(F.linear(a[:, -n:], w_qkv[:C], b_qkv if b_qkv is None else b_qkv[:C]), 1, n_head)
-        k, v = heads(F.linear(a, w_qkv[C:], b_qkv if b_qkv is None else b_qkv[C:]), 2, n_head)
-    future = x.new_full((n, T), float('-inf')).triu(T - n + 1)
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(dim=-1)  # (B*H, n, T)
-    y = merged(torch.bmm(weights, v)[None], B)  # (B*n, C)
-    x_2 = affine(x[:, -n:].reshape(-1, C), y, w_o, b_o)
+        q, = heads(F.linear(a[-n:], w_qkv[:C], b_qkv if b_qkv is None else b_qkv[:C]), 1, B, n_head)
+        k, v = heads(F.linear(a, w_qkv[C:], b_qkv if b_qkv is None else b_qkv[C:]), 2, B, n_head)
+    future = x.new_full((n // B, R // B), float('-inf')).triu((R - n) // B + 1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(dim=-1)  # (B*H, n/B, T)
+    y = merged(torch.bmm(weights, v)[None], n)  # (n, C)
+    x_2 = affine(x[-n:], y, w_o, b_o)
     b, *norm_2 = torch.native_layer_norm(x_2, (C,), w_2, b_2, 1e-5)
     h = F.linear(b, w_fc, b_fc)
     u = F.gelu(h)
-    return affine(x_2, u, w_down, b_down).view(B, n, C), (x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u)
+    return affine(x_2, u, w_down, b_down), (x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u)
 
 
-def block_backward(p, saved, g, sums, n_head):
-    """The gradient of block_forward's x (B, T, C) from that of its result, g (B, n, C); those of p are added to sums."""
+def block_backward(p, saved, g, sums, B, n_head):
+    """The gradient of block_forward's x (R, C) from that of its result, g (n, C); those of p are added to sums."""
     w_1, b_1, w_qkv, _, w_o, _, w_2, b_2, w_fc, _, w_down, _ = p
     x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u = saved
-    (B, T, C), n = x.shape, g.size(1)
-    g = g.reshape(-1, C)
+    (R, C), n = x.shape, len(g)
     add_products(sums[10:12], g, u)
     g_h = GELU_BACKWARD(torch.mm(g, w_down), h)
     add_products(sums[8:10], g_h, b)
     g_2 = add_norm(sums[6:8], torch.mm(g_h, w_fc), x_2, norm_2, w_2, b_2).add_(g)
     add_products(sums[4:6], g_2, y)
-    g_y, = heads(torch.mm(g_2, w_o).view(B, n, C), 1, n_head)
+    g_y, = heads(torch.mm(g_2, w_o), 1, B, n_head)
     g_s = torch._softmax_backward_data(torch.bmm(g_y, v.transpose(1, 2)), weights, -1, x.dtype).mul_(q.size(-1) ** -0.5)
-    g_qkv, flat = x.new_empty(3, *k.shape), a.view(-1, C)
+    g_qkv = x.new_empty(3, *k.shape)
     torch.bmm(g_s.transpose(1, 2), q, out=g_qkv[1])
     torch.bmm(weights.transpose(1, 2), g_y, out=g_qkv[2])
-    if n == T:
+    if n == R:
         torch.bmm(g_s, k, out=g_qkv[0])
-        g_qkv = merged(g_qkv, B)  # (B*T, 3C)
-        add_products(sums[2:4], g_qkv, flat)
-        g_a = torch.mm(g_qkv, w_qkv).view(B, T, C)
+        g_qkv = merged(g_qkv, R)  # (R, 3C)
+        add_products(sums[2:4], g_qkv, a)
+        g_a = torch.mm(g_qkv, w_qkv)
     else:
-        g_q, g_kv = merged(torch.bmm(g_s, k)[None], B), merged(g_qkv[1:], B)  # (B*n, C), (B*T, 2C)
+        g_q, g_kv = merged(torch.bmm(g_s, k)[None], n), merged(g_qkv[1:], R)  # (n, C), (R, 2C)
         q_sums, kv_sums = zip(*((None, None) if s is None else s.split([C, 2 * C]) for s in sums[2:4]))
-        add_products(q_sums, g_q, a[:, -n:].reshape(-1, C))
-        add_products(kv_sums, g_kv, flat)
-        g_a = torch.mm(g_kv, w_qkv[C:]).view(B, T, C)
-        g_a[:, -n:] += torch.mm(g_q, w_qkv[:C]).view(B, n, C)
+        add_products(q_sums, g_q, a[-n:])
+        add_products(kv_sums, g_kv, a)
+        g_a = torch.mm(g_kv, w_qkv[C:])
+        g_a[-n:].addmm_(g_q, w_qkv[:C])
     g_x = add_norm(sums[0:2], g_a, x, norm_1, w_1, b_1)
-    g_x[:, -n:] += g_2.view(B, n, C)
+    g_x[-n:].add_(g_2)
     return g_x
 
 
-def heads(x, n, n_head):
-    """x (B, T, n*C) -> (n, B*H, T, C/H)."""
-    B, T, _ = x.shape
-    return x.view(B, T, n, n_head, -1).permute(2, 0, 3, 1, 4).reshape(n, B * n_head, T, -1)
+def rows(x):
+    """x (B, T, C) -> (T*B, C)."""
+    return x.transpose(0, 1).reshape(-1, x.size(-1))
 
 
-def merged(x, B):
-    """The way back, (n, B*H, T, C/H) -> (B*T, n*C)."""
+def heads(x, n, B, n_head):
+    """Rows x (T*B, n*C) -> (n, B*H, T, C/H)."""
+    x = x.view(-1, B, n, x.size(1) // n).permute(2, 0, 1, 3).reshape(n, -1, B * n_head, x.size(1) // (n * n_head))
+    return x.transpose(1, 2)
+
+
+def merged(x, R):
+    """The way back, n tensors (B*H, T, C/H) -> rows (T*B, n*C)."""
     n, BH, T, D = x.shape
-    return x.view(n, B, BH // B, T, D).permute(1, 3, 0, 2, 4).reshape(B * T, -1)
+    return x.view(n, R // T, -1, T, D).permute(3, 1, 0, 2, 4).reshape(R, -1)
 
 
 def affine(start, x, w, b):

@@ -232,6 +232,8 @@ check_config()
 if threads:
     torch.set_num_threads(threads)
 device = training.join(pick_device(device))
+if device == 'cpu':
+    training.keep_freed_memory()
 checkpoint = None
 if init_from != 'scratch':
     checkpoint = load(last_path if init_from == 'resume' else find_file(init_from))
