@@ -173,8 +173,11 @@ def test_the_plans_of_the_comparisons_in_the_repository(name, least):
 
 
 def test_the_plan_of_what_moves_the_reach():
-    """Models of other sizes among them; the tokens are the same, and each run differs in something from the others."""
+    """Models of other sizes among its changes; each of these differs from the first in one thing, at the same tokens."""
     found = compare.plan(compare.read_comparison(os.path.join(ROOT, 'config', 'compare_python_reach.py')), 'runs')
-    assert len({compare.tokens_of(run) for run in found}) == 1
-    settings = [{key: value for key, value in run.settings.items() if not key.endswith('_interval')} for run in found]
-    assert all(a != b for i, a in enumerate(settings) for b in settings[:i])
+    for some in ([run for run in found if run.ablation == kind] for kind in (False, True)):
+        assert len({compare.tokens_of(run) for run in some}) == 1
+    first, *changed = [run for run in found if run.ablation]
+    sizes = {'batch_size', 'block_size', 'stretch'}  # of sequences: one thing
+    apart = [{key for key in run.settings if run.settings[key] != first.settings.get(key)} for run in changed]
+    assert all(len(keys) == 1 or keys == sizes or keys == {'n_local', 'n_global'} for keys in apart)
