@@ -75,15 +75,17 @@ class Loop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         B, T, C = grad.shape
-        sums = [[None if p is None else torch.zeros_like(p) for p in block] for block in ctx.blocks]
-        onward, parts = None, []  # what a segment's output gets from the window of the next one
+        sums = [[None if p is None else torch.empty_like(p) if p.dim() == 2 else torch.zeros_like(p) for p in block]
+                for block in ctx.blocks]
+        onward, parts, beta = None, [], 0  # onward: what a segment's output gets from the window of the next one
         for g in reversed(rows(grad).split(ctx.l * B)):
             n = len(g)
             g = g if onward is None else g + onward[:n]
             for p, total in zip(reversed(ctx.blocks), reversed(sums)):
-                g = block_backward(p, ctx.saved.pop(), g, total, B, ctx.n_head)  # (n, C) -> (rows of its window, C)
+                g = block_backward(p, ctx.saved.pop(), g, total, beta, B, ctx.n_head)  # (n, C) -> (R of its window, C)
             onward = g[:-n] if len(g) > n else None
             parts.append(g[-n:])
+            beta = 1
         g_carry = None if onward is None else onward.view(-1, B, C).transpose(0, 1)
         g_x = torch.cat(parts[::-1]).view(T, B, C).transpose(0, 1)
         return g_x, g_carry, None, None, *(g for total in sums for g in total)
@@ -108,16 +110,18 @@ def block_forward(p, x, n, B, n_head):
     return affine(x_2, u, w_down, b_down), (x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u)
 
 
-def block_backward(p, saved, g, sums, B, n_head):
-    """The gradient of block_forward's x (R, C) from that of its result, g (n, C); those of p are added to sums."""
+def block_backward(p, saved, g, sums, beta, B, n_head):
+    """The gradient of block_forward's x (R, C) from that of its result, g (n, C).
+
+    Those of p are added to sums; with beta 0 those of matrices replace what is there, whatever it is."""
     w_1, b_1, w_qkv, _, w_o, _, w_2, b_2, w_fc, _, w_down, _ = p
     x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u = saved
     (R, C), n = x.shape, len(g)
-    add_products(sums[10:12], g, u)
+    add_products(sums[10:12], g, u, beta)
     g_h = GELU_BACKWARD(torch.mm(g, w_down), h)
-    add_products(sums[8:10], g_h, b)
+    add_products(sums[8:10], g_h, b, beta)
     g_2 = add_norm(sums[6:8], torch.mm(g_h, w_fc), x_2, norm_2, w_2, b_2).add_(g)
-    add_products(sums[4:6], g_2, y)
+    add_products(sums[4:6], g_2, y, beta)
     g_y, = heads(torch.mm(g_2, w_o), 1, B, n_head)
     g_s = torch._softmax_backward_data(torch.bmm(g_y, v.transpose(1, 2)), weights, -1, x.dtype).mul_(q.size(-1) ** -0.5)
     g_qkv = x.new_empty(3, *k.shape)
@@ -126,13 +130,13 @@ def block_backward(p, saved, g, sums, B, n_head):
     if n == R:
         torch.bmm(g_s, k, out=g_qkv[0])
         g_qkv = merged(g_qkv, R)  # (R, 3C)
-        add_products(sums[2:4], g_qkv, a)
+        add_products(sums[2:4], g_qkv, a, beta)
         g_a = torch.mm(g_qkv, w_qkv)
     else:
         g_q, g_kv = merged(torch.bmm(g_s, k)[None], n), merged(g_qkv[1:], R)  # (n, C), (R, 2C)
         q_sums, kv_sums = zip(*((None, None) if s is None else s.split([C, 2 * C]) for s in sums[2:4]))
-        add_products(q_sums, g_q, a[-n:])
-        add_products(kv_sums, g_kv, a)
+        add_products(q_sums, g_q, a[-n:], beta)
+        add_products(kv_sums, g_kv, a, beta)
         g_a = torch.mm(g_kv, w_qkv[C:])
         g_a[-n:].addmm_(g_q, w_qkv[:C])
     g_x = add_norm(sums[0:2], g_a, x, norm_1, w_1, b_1)
@@ -162,9 +166,9 @@ def affine(start, x, w, b):
     return torch.addmm(start if b is None else start + b, x, w.t())
 
 
-def add_products(sums, g, x):
+def add_products(sums, g, x, beta):
     """Add to sums, in place, the gradients of a matrix and of its bias, if any: its output's g (R, M), its input x (R, K)."""
-    sums[0].addmm_(g.t(), x)
+    sums[0].addmm_(g.t(), x, beta=beta)
     if sums[1] is not None:
         sums[1].add_(g.sum(dim=0))
 
