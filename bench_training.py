@@ -7,6 +7,7 @@ Measure training: tokens per second, efficiency, and memory as a function of the
 """
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,15 +46,19 @@ def parse(size):
         raise SystemExit(f"error: a size is local+globalxchannelsxheads, such as 2+2x128x4, not {size!r}") from None
 
 
+def model_settings(size, T, c):
+    """The settings of a model of that size for sequences of T tokens."""
+    n_local, n_global, n_embd, n_head = parse(size)
+    return dict(block_size=T, vocab_size=c['vocab_size'], n_layer=n_local + n_global, n_local=n_local, n_global=n_global,
+                n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)
+
+
 def make(mode, size, T, c):
     """One side: its model, and update(x, y), an update as train.py makes it. c: the settings, with device found."""
     import torch
     import training
     from checkpoint import make_model
-    n_local, n_global, n_embd, n_head = parse(size)
-    model = make_model('gpt' if mode == 'gpt' else 'fold', dict(
-        block_size=T, vocab_size=c['vocab_size'], n_layer=n_local + n_global, n_local=n_local, n_global=n_global,
-        n_head=n_head, n_embd=n_embd, segment_size=c['segment_size'], bias=False, dropout=0.0)).to(c['device'])
+    model = make_model('gpt' if mode == 'gpt' else 'fold', model_settings(size, T, c)).to(c['device'])
     kind = c['device'].split(':')[0]
     if kind == 'cpu':
         training.keep_freed_memory()
@@ -92,6 +97,7 @@ def speed_side(mode, size, c):
     `steps` updates and their tokens per second. Each is a line of JSON on standard output."""
     import torch
     from flops import flops_per_token
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops measure_speed, which ends this process
     if c['threads']:
         torch.set_num_threads(c['threads'])
     torch.manual_seed(1337)
@@ -282,20 +288,31 @@ def defaults():
     return {key: value for key, value in globals().items() if not key.startswith('_') and type(value) in (bool, int, float, str)}
 
 
+def check(c):
+    """Refuse what would fail later. Raises SystemExit."""
+    from checkpoint import make_model
+    from training import COMPILE
+    unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
+    if unknown:
+        raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
+    for key in ('segment_size', 'window', 'batch_size', 'bptt_segments', 'vocab_size', 'rounds', 'steps'):
+        if c[key] < 1:
+            raise SystemExit(f"error: {key} must be at least 1, not {c[key]}")
+    if c['compile'] not in COMPILE:
+        raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
+    for size in c['sizes'].split(','):
+        make_model('fold', model_settings(size, c['window'], c))
+    numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
+
+
 def measure(c):
     """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
     import torch
     from checkpoint import ROOT, load_result, pick_device, portable, provenance, save_result
-    unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
-    if unknown:
-        raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
+    check(c)
     if c['threads']:
-        torch.set_num_threads(c['threads'])
-    torch.manual_seed(1337)
+        torch.set_num_threads(c['threads'])  # for the record: what is measured runs in other processes
     c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
-    for size in c['sizes'].split(','):
-        parse(size)
-    numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
     path = os.path.join(ROOT, c['results_dir'], 'training.json')
     results = load_result(path) if os.path.exists(path) else {}  # parts and sizes not measured now stay as they were
     made, how = results.setdefault('made', {}), {'settings': portable(c), 'provenance': provenance(c['device'])}
@@ -322,4 +339,7 @@ if __name__ == '__main__':
     elif sys.argv[1:2] == ['speed']:
         speed_side(*json.loads(sys.argv[2]))
     else:
-        measure(configure(globals()))
+        try:
+            measure(configure(globals()))
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; what was measured to its end is kept") from None

@@ -202,3 +202,14 @@ def test_help_names_every_key_with_default_and_comment(run, script):
     for line in settings:
         key, comment = line.split(' = ')[0], line.split('# ')[1]
         assert f'--{key}=' in done.out and comment in done.out
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--parts=speeds'], ['parts are speed, memory and longest', "'speeds'"]),
+    (['--rounds=0'], ['rounds must be at least 1']),
+    (['--compile=fast'], ['compile must be one of auto', "'fast'"]),
+    (['--sizes=2+2'], ['such as 2+2x128x4', "'2+2'"]),
+    (['--sizes=1+1x16x3'], ['n_embd=16 must be a multiple of n_head=3'])])
+def test_training_benchmark(run, tmp_path, args, parts):
+    check(run('bench_training.py', *args, f'--results_dir={tmp_path}'), *parts)
+    assert not os.listdir(tmp_path)

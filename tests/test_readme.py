@@ -118,6 +118,17 @@ def test_training_speed():
     assert says('GPT', a, '1', '1', b, '1', '1')
 
 
+def test_what_paid_in_training():
+    ms = result('training_ways.json')['ms']
+    sides = 'fold, automatic', 'fold, written out', 'GPT'
+    assert says('freed memory given back', *(f"{ms[side]:.1f}" for side in sides))
+    assert says('kept', *(f"{ms[side + ', kept']:.1f}" for side in sides))
+    size = result('training.json')['speed']['2+2x128x4']
+    more = size['full']['flops_per_token'] / size['gpt']['flops_per_token']
+    efficiency = ms['GPT, kept'] / ms['fold, written out, kept'] * more
+    assert says(f"efficiency of {efficiency:.2f} with both, where the table above, from a busier hour, has {size['full']['efficiency']:.2f}")
+
+
 def test_training_memory():
     found = {mode: {p['block_size']: p for p in points} for mode, points in result('training.json')['memory'].items()}
     for T in (192, 768, 3072, 12288, 49152):
@@ -160,6 +171,20 @@ def test_context_curve_of_python():
     gain = next(row['gain'] for row in r['context_curve'] if row['history'] == r['preserved_context'])
     assert says(f"preserved context is {r['preserved_context']} characters")
     assert says(f"by {gain['mean']:.4f} (interval {gain['low']:.4f} to {gain['high']:.4f})")
+
+
+def test_what_moves_the_reach():
+    found = {run['name']: run for run in result('compare_python_reach/report.json')['runs'] if 'failed' not in run}
+    loss = {name: run['loss'] for name, run in found.items()}
+    preserved = {name: run['probe']['preserved_context'] for name, run in found.items()}
+    for name in found:
+        shown = {'fold, short': 'none', '0 + 4 layers, weight decay 0.5': f'**7,372,800 characters, {name}**'}.get(name, name)
+        assert says(shown, f'{loss[name]:.4f}', f'{preserved[name]}')
+    half = 'half the tokens an update'
+    assert says(f"by {loss['fold, short'] - loss[half]:.3f}; streams raise it by {loss['streams'] - loss['fold, short']:.3f}")
+    gain = next(row['gain'] for row in found[half]['probe']['context_curve'] if row['history'] == 192)
+    assert says(f"({1e7 * gain['mean']:.1f}e-7, interval {1e7 * gain['low']:.1f}e-7 to {1e7 * gain['high']:.1f}e-7, at 192, {half})")
+    assert sum(length > 150 for length in preserved.values()) == 3 and says("three of these pass 150 characters")
 
 
 @pytest.mark.parametrize('name, shown', [('compare_python_long', (0, 12, 24, 48, 96, 144, 192, 360)), ('compare_bpe', (0, 12, 24, 48, 84))])
