@@ -126,7 +126,7 @@ def test_what_paid_in_training():
     size = result('training.json')['speed']['2+2x128x4']
     more = size['full']['flops_per_token'] / size['gpt']['flops_per_token']
     efficiency = ms['GPT, kept'] / ms['fold, written out, kept'] * more
-    assert says(f"efficiency of {efficiency:.2f} with both, where the table above, from a busier hour, has {size['full']['efficiency']:.2f}")
+    assert says(f"efficiency of {efficiency:.2f} with both, where the table above, from a slower hour of the machine, has {size['full']['efficiency']:.2f}")
 
 
 def test_training_memory():
