@@ -67,4 +67,4 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     kept, faults = done.stdout.split()
     if kept == 'False':
         pytest.skip("the C library is not glibc")
-    assert int(faults) < 1000  # of the 30,000 pages
+    assert int(faults) < 10000  # of 30,720 pages; a gap that has become too small leaves a tensor or two to be taken anew
