@@ -3,7 +3,8 @@ The fold's blocks with their backward pass written out: model.py's results and g
 
 Automatic differentiation makes a node of every operation. With segments of a dozen tokens the keeping of these nodes takes
 a sizable part of the time on a CPU, and every segment's gradient of a matrix is a new tensor, added to the one before.
-Here the whole segment-carry loop is one node, and a matrix has one gradient, to which all segments add in place.
+Here the whole segment-carry loop is one node, a matrix has one gradient, to which all segments add in place, and what all
+segments share is made once. Most of what is left beside matrix products is the number of calls: each counts.
 model.py stays what defines the model: the tests hold this against it, in float64.
 """
 import torch
@@ -58,89 +59,139 @@ class Loop(torch.autograd.Function):
     def forward(ctx, x, carry, l, n_head, *parameters):
         """Twelve parameters a block, in the order of Block.weights; biases may be None."""
         B, T, C = x.shape
-        blocks, outputs, ctx.saved = list(zip(*[iter(parameters)] * 12)), [], []
-        carry = None if carry is None else rows(carry)
+        blocks, outputs, ctx.saved = [Weights(p, n_head) for p in zip(*[iter(parameters)] * 12)], [], []
+        carry, futures = None if carry is None else rows(carry), {}
         for x_s in rows(x).split(l * B):
             window = x_s if carry is None else torch.cat((carry, x_s))  # (2l*B, C); l*B for the first segment
-            for p in blocks:
-                n = len(x_s) if p is blocks[-1] else len(window)
-                window, saved = block_forward(p, window, n, B, n_head)
+            for w in blocks:
+                R, n = window.size(0), (x_s if w is blocks[-1] else window).size(0)
+                if (n, R) not in futures:
+                    futures[n, R] = x.new_full((n // B, R // B), float('-inf')).triu((R - n) // B + 1)
+                window, saved = block_forward(w, window, futures[n, R], B * n_head)
                 ctx.saved.append(saved)
             carry = window
             outputs.append(carry)
-        ctx.blocks, ctx.l, ctx.n_head = blocks, l, n_head
+        ctx.blocks, ctx.l = blocks, l
         return torch.cat(outputs).view(T, B, C).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         B, T, C = grad.shape
-        sums = [[None if p is None else torch.empty_like(p) if p.dim() == 2 else torch.zeros_like(p) for p in block]
-                for block in ctx.blocks]
-        onward, parts, beta = None, [], 0  # onward: what a segment's output gets from the window of the next one
+        onward, parts = None, []  # onward: what a segment's output gets from the window of the next one
         for g in reversed(rows(grad).split(ctx.l * B)):
-            n = len(g)
+            n = g.size(0)
             g = g if onward is None else g + onward[:n]
-            for p, total in zip(reversed(ctx.blocks), reversed(sums)):
-                g = block_backward(p, ctx.saved.pop(), g, total, beta, B, ctx.n_head)  # (n, C) -> (R of its window, C)
-            onward = g[:-n] if len(g) > n else None
+            for w in reversed(ctx.blocks):
+                g = block_backward(w, ctx.saved.pop(), g)  # (n, C) -> (R of its window, C)
+            onward = g[:-n] if g.size(0) > n else None
             parts.append(g[-n:])
-            beta = 1
         g_carry = None if onward is None else onward.view(-1, B, C).transpose(0, 1)
         g_x = torch.cat(parts[::-1]).view(T, B, C).transpose(0, 1)
-        return g_x, g_carry, None, None, *(g for total in sums for g in total)
+        return g_x, g_carry, None, None, *(g for w in ctx.blocks for g in w.gradients())
 
 
-def block_forward(p, x, n, B, n_head):
-    """Block.forward: rows x (R, C), R = T*B -> its last n rows (n, C), and what block_backward needs."""
-    (R, C), (w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down) = x.shape, p
-    a, *norm_1 = torch.native_layer_norm(x, (C,), w_1, b_1, 1e-5)
-    if n == R:
-        q, k, v = heads(F.linear(a, w_qkv, b_qkv), 3, B, n_head)  # (B*H, T, C/H) each
-    else:  # the last block: its past half gives keys and values alone
-        q, = heads(F.linear(a[-n:], w_qkv[:C], b_qkv if b_qkv is None else b_qkv[:C]), 1, B, n_head)
-        k, v = heads(F.linear(a, w_qkv[C:], b_qkv if b_qkv is None else b_qkv[C:]), 2, B, n_head)
-    future = x.new_full((n // B, R // B), float('-inf')).triu((R - n) // B + 1)
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(dim=-1)  # (B*H, n/B, T)
-    y = merged(torch.bmm(weights, v)[None], n)  # (n, C)
-    x_2 = affine(x[-n:], y, w_o, b_o)
-    b, *norm_2 = torch.native_layer_norm(x_2, (C,), w_2, b_2, 1e-5)
-    h = F.linear(b, w_fc, b_fc)
+class Affine:
+    """x W^T + b, for all segments."""
+
+    def __init__(self, w, b, scale=1.0):
+        """W (M, K), b (M,) or None; both are scaled."""
+        self.w, self.b = (w, b) if scale == 1 else (w * scale, b if b is None else b * scale)
+        self.w_t, self.scale, self.grad, self.b_grads = self.w.t(), scale, None, []
+
+    def __call__(self, x, start=None):
+        """x (R, K) -> (R, M), added to start (R, M)."""
+        if self.b is not None:
+            start = self.b if start is None else start + self.b
+        return torch.mm(x, self.w_t) if start is None else torch.addmm(start, x, self.w_t)
+
+    def back(self, g, x, start=None):
+        """The gradient of x (R, K) from that of the result, g (R, M); added in place to start (R, K)."""
+        self.grad = torch.mm(g.t(), x) if self.grad is None else self.grad.addmm_(g.t(), x)
+        if self.b is not None:
+            self.b_grads.append(g.sum(dim=0))
+        return torch.mm(g, self.w) if start is None else start.addmm_(g, self.w)
+
+    def gradients(self):
+        grads = self.grad, total(self.b_grads)
+        return grads if self.scale == 1 else [g if g is None else g * self.scale for g in grads]
+
+
+class Norm:
+    """The layer norm of rows, for all segments."""
+
+    def __init__(self, w, b):
+        self.w, self.b, self.shape, self.grads = w, b, w.shape, []
+
+    def __call__(self, x):
+        """x (R, C) -> (R, C), and the mean and the inverse deviation of each row."""
+        y, *stats = torch.native_layer_norm(x, self.shape, self.w, self.b, 1e-5)
+        return y, stats
+
+    def back(self, g, x, stats):
+        """The gradient of x (R, C) from that of the result, g (R, C)."""
+        g_x, *grads = NORM_BACKWARD(g, x, self.shape, *stats, self.w, self.b, [True, True, self.b is not None])
+        self.grads.append(grads)
+        return g_x
+
+    def gradients(self):
+        return [total(grads) for grads in zip(*self.grads)]
+
+
+def total(grads):
+    """The sum of a sequence of tensors; None if there are none."""
+    return torch.stack(grads).sum(dim=0) if grads and grads[0] is not None else None
+
+
+class Weights:
+    """The parameters of a block, and, as segments come by, their gradients."""
+
+    def __init__(self, parameters, n_head):
+        w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down = parameters
+        C = len(w_o)
+        q, k, v = zip(w_qkv.split(C), [None] * 3 if b_qkv is None else b_qkv.split(C))
+        self.q, self.k, self.v = Affine(*q, scale=(C // n_head) ** -0.5), Affine(*k), Affine(*v)
+        self.norm_1, self.norm_2 = Norm(w_1, b_1), Norm(w_2, b_2)
+        self.o, self.fc, self.down = Affine(w_o, b_o), Affine(w_fc, b_fc), Affine(w_down, b_down)
+
+    def gradients(self):
+        """In the order of the parameters."""
+        w, b = zip(*(part.gradients() for part in (self.q, self.k, self.v)))
+        others = [part.gradients() for part in (self.norm_1, self.o, self.norm_2, self.fc, self.down)]
+        others.insert(1, (torch.cat(w), None if b[0] is None else torch.cat(b)))
+        return [g for pair in others for g in pair]
+
+
+def block_forward(w, x, future, BH):
+    """Block.forward: rows x (R, C), R = T*B -> its last n rows (n, C), and what block_backward needs.
+
+    future (n/B, T): -inf where a query must not look, else 0. BH: rows of the batch times heads of each."""
+    (a, stats_1), (t, T), R = w.norm_1(x), future.shape, x.size(0)
+    n = R // T * t
+    x_n, a_n = (x, a) if n == R else (x[-n:], a[-n:])  # the last block: its past half gives keys and values alone
+    q, k, v = heads(w.q(a_n), t, BH), heads(w.k(a), T, BH), heads(w.v(a), T, BH)  # (B*H, t or T, C/H)
+    weights = torch._softmax(torch.baddbmm(future, q, k.mT), -1, False)  # (B*H, t, T)
+    y = merged(torch.bmm(weights, v), n)  # (n, C)
+    x_2 = w.o(y, x_n)
+    b, stats_2 = w.norm_2(x_2)
+    h = w.fc(b)
     u = F.gelu(h)
-    return affine(x_2, u, w_down, b_down), (x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u)
+    return w.down(u, x_2), (x, a, a_n, stats_1, q, k, v, weights, y, x_2, stats_2, b, h, u)
 
 
-def block_backward(p, saved, g, sums, beta, B, n_head):
-    """The gradient of block_forward's x (R, C) from that of its result, g (n, C).
-
-    Those of p are added to sums; with beta 0 those of matrices replace what is there, whatever it is."""
-    w_1, b_1, w_qkv, _, w_o, _, w_2, b_2, w_fc, _, w_down, _ = p
-    x, a, norm_1, q, k, v, weights, y, x_2, b, norm_2, h, u = saved
-    (R, C), n = x.shape, len(g)
-    add_products(sums[10:12], g, u, beta)
-    g_h = GELU_BACKWARD(torch.mm(g, w_down), h)
-    add_products(sums[8:10], g_h, b, beta)
-    g_2 = add_norm(sums[6:8], torch.mm(g_h, w_fc), x_2, norm_2, w_2, b_2).add_(g)
-    add_products(sums[4:6], g_2, y, beta)
-    g_y, = heads(torch.mm(g_2, w_o), 1, B, n_head)
-    g_s = torch._softmax_backward_data(torch.bmm(g_y, v.transpose(1, 2)), weights, -1, x.dtype).mul_(q.size(-1) ** -0.5)
-    g_qkv = x.new_empty(3, *k.shape)
-    torch.bmm(g_s.transpose(1, 2), q, out=g_qkv[1])
-    torch.bmm(weights.transpose(1, 2), g_y, out=g_qkv[2])
-    if n == R:
-        torch.bmm(g_s, k, out=g_qkv[0])
-        g_qkv = merged(g_qkv, R)  # (R, 3C)
-        add_products(sums[2:4], g_qkv, a, beta)
-        g_a = torch.mm(g_qkv, w_qkv)
-    else:
-        g_q, g_kv = merged(torch.bmm(g_s, k)[None], n), merged(g_qkv[1:], R)  # (n, C), (R, 2C)
-        q_sums, kv_sums = zip(*((None, None) if s is None else s.split([C, 2 * C]) for s in sums[2:4]))
-        add_products(q_sums, g_q, a[-n:], beta)
-        add_products(kv_sums, g_kv, a, beta)
-        g_a = torch.mm(g_kv, w_qkv[C:])
-        g_a[-n:].addmm_(g_q, w_qkv[:C])
-    g_x = add_norm(sums[0:2], g_a, x, norm_1, w_1, b_1)
-    g_x[-n:].add_(g_2)
+def block_backward(w, saved, g):
+    """The gradient of block_forward's x (R, C) from that of its result, g (n, C); those of its weights go into w."""
+    x, a, a_n, stats_1, q, k, v, weights, y, x_2, stats_2, b, h, u = saved
+    R, n = x.size(0), g.size(0)
+    g_h = GELU_BACKWARD(w.down.back(g, u), h)
+    g_2 = w.norm_2.back(w.fc.back(g_h, b), x_2, stats_2).add_(g)
+    g_y = heads(w.o.back(g_2, y), q.size(1), q.size(0))
+    g_s = torch._softmax_backward_data(torch.bmm(g_y, v.mT), weights, -1, x.dtype)  # (B*H, t, T)
+    g_a = w.k.back(merged(torch.bmm(g_s.mT, q), R), a)
+    g_a = w.v.back(merged(torch.bmm(weights.mT, g_y), R), a, g_a)
+    w.q.back(merged(torch.bmm(g_s, k), n), a_n, g_a if n == R else g_a[-n:])
+    g_x = w.norm_1.back(g_a, x, stats_1)
+    (g_x if n == R else g_x[-n:]).add_(g_2)
     return g_x
 
 
@@ -149,34 +200,11 @@ def rows(x):
     return x.transpose(0, 1).reshape(-1, x.size(-1))
 
 
-def heads(x, n, B, n_head):
-    """Rows x (T*B, n*C) -> (n, B*H, T, C/H)."""
-    x = x.view(-1, B, n, x.size(1) // n).permute(2, 0, 1, 3).reshape(n, -1, B * n_head, x.size(1) // (n * n_head))
-    return x.transpose(1, 2)
+def heads(x, T, BH):
+    """Rows x (T*B, C) -> (B*H, T, C/H), a view."""
+    return x.view(T, BH, -1).transpose(0, 1)
 
 
 def merged(x, R):
-    """The way back, n tensors (B*H, T, C/H) -> rows (T*B, n*C)."""
-    n, BH, T, D = x.shape
-    return x.view(n, R // T, -1, T, D).permute(3, 1, 0, 2, 4).reshape(R, -1)
-
-
-def affine(start, x, w, b):
-    """start + x W^T + b."""
-    return torch.addmm(start if b is None else start + b, x, w.t())
-
-
-def add_products(sums, g, x, beta):
-    """Add to sums, in place, the gradients of a matrix and of its bias, if any: its output's g (R, M), its input x (R, K)."""
-    sums[0].addmm_(g.t(), x, beta=beta)
-    if sums[1] is not None:
-        sums[1].add_(g.sum(dim=0))
-
-
-def add_norm(sums, g, x, norm, w, b):
-    """Back through a layer norm of x: returns the gradient of x, adds those of weight and bias to sums, in place."""
-    g_x, g_w, g_b = NORM_BACKWARD(g, x, (x.size(-1),), *norm, w, b, [True, True, b is not None])
-    sums[0].add_(g_w)
-    if b is not None:
-        sums[1].add_(g_b)
-    return g_x
+    """The way back, x (B*H, T, C/H) -> rows (T*B, C), a copy."""
+    return x.transpose(0, 1).reshape(R, -1)
