@@ -164,15 +164,6 @@ def test_context_curve():
     assert says('nats per character', *(f'{table[c]:.4f}' for c in shown))
 
 
-def test_context_curve_of_python():
-    r = result('probe/python_fold_gated.json')
-    assert says('tokens of history before the segment', *(str(row['history']) for row in r['context_curve']))
-    assert says('nats per character, Python', *(f"{row['loss']['mean']:.4f}" for row in r['context_curve']))
-    gain = next(row['gain'] for row in r['context_curve'] if row['history'] == r['preserved_context'])
-    assert says(f"preserved context is {r['preserved_context']} characters")
-    assert says(f"by {gain['mean']:.4f} (interval {gain['low']:.4f} to {gain['high']:.4f})")
-
-
 def test_what_moves_the_reach():
     found = {run['name']: run for run in result('compare_python_reach/report.json')['runs'] if 'failed' not in run}
     loss = {name: run['loss'] for name, run in found.items()}
@@ -207,3 +198,17 @@ def test_text_beside_its_controls_in_words():
     assert says(f"The GPT of window 384 does: {-word[96]:.3f} nats at 96 to 149 characters and {-word[150]:.3f} at 150 to 335")
     losses = {run['name']: run['loss'] for run in result('compare_python_long/report.json')['runs'] if 'failed' not in run}
     assert says(f"its loss is {losses['GPT, window 384'] - losses['fold']:.3f} above the fold's")
+
+
+def test_the_longest_run():
+    run = next(run for run in result('compare_python_longest/report.json')['runs'] if run['name'] == 'fold')
+    table = {row['history']: row for row in run['probe']['context_curve']}
+    shown = (0, 12, 24, 48, 96, 144, 168, 192, 240, 360)
+    assert says('Python, 18,432,000 characters', 'validation loss', *map(str, shown), 'preserved context')
+    assert says('fold', f"{run['loss']:.4f}", *(f"{table[c]['loss']['mean']:.4f}" for c in shown), str(run['probe']['preserved_context']))
+    gains = {c: "{mean:.5f} ({low:.5f} to {high:.5f})".format(**table[c]['gain']) for c in (144, 168, 192)}
+    assert says("What is older than 96 is worth {mean:.5f} nats (interval {low:.5f} to {high:.5f}), than 144 ".format(**table[96]['gain'])
+                + f"{gains[144]}, than 168 {gains[168]}, than 192 {gains[192]}.")
+    near, far = ((row['words'], *(f"{-row['difference'][key]:.{digits}f}" for key in ('mean', 'high', 'low'))) for digits, row in
+                 zip((4, 5), result('probe/python_longest_words.json')['co_occurrence']))
+    assert says("{1} nats (interval {2} to {3}, {0:,} words), and at 150 to 335, ".format(*near) + "{1} nats ({2} to {3}, {0:,} words)".format(*far))
