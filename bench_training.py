@@ -2,7 +2,7 @@
 Measure training: tokens per second, efficiency, and memory as a function of the length of a sequence.
 
     python bench_training.py                       # all of it; hours on two CPU cores, most of it for long sequences
-    python bench_training.py --parts=speed --sizes=2+2x128x4 --rounds=61
+    python bench_training.py --parts=speed --sizes=2+2x128x4 --starts=9
     python bench_training.py --parts=memory,longest --block_sizes=192,768 --longest_cap=3072
 """
 import json
@@ -23,7 +23,8 @@ window = 192          # tokens of a sequence of the fold and of the GPT's window
 batch_size = 16       # sequences of an update
 bptt_segments = 16    # of the truncated fold
 vocab_size = 65       # tiny Shakespeare's characters
-rounds = 15           # readings of the clock, the sides alternating
+starts = 5            # times that the sides' processes are started, for the speed: some come out faster than others
+rounds = 7            # readings of the clock after each start, the sides alternating
 steps = 4             # updates between two readings
 block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # of the memory curve
 memory_limit_gb = 4.0  # points that are going to need more, by the two before them, are left out
@@ -115,8 +116,25 @@ def speed_side(mode, size, c):
 def measure_speed(size, c):
     """Tokens per second of every mode at one size, alternating; medians, and efficiency against the GPT.
 
-    Each side has a process of its own, as in training, so that none finds its memory in pieces that another left.
     Efficiency is (tokens/s of a fold / tokens/s of the GPT) / (FLOPs per token of the GPT / those of the fold).
+    by_start is the efficiency of the rounds after each start alone.
+    """
+    starts = [alternate(size, c) for _ in range(c['starts'])]
+    counted, rows = starts[0][0], {}
+    for mode, (flops, parameters) in counted.items():
+        ratios = [[a / b for a, b in zip(speeds[mode], speeds['gpt'])] for _, speeds in starts]
+        speeds = [speed for _, speeds in starts for speed in speeds[mode]]
+        ratio, more = statistics.median(sum(ratios, [])), flops / counted['gpt'][0]
+        rows[mode] = {'tokens_per_s': statistics.median(speeds), 'all': speeds, 'ratio': ratio, 'flops_per_token': flops,
+                      'parameters': parameters, 'efficiency': ratio * more,
+                      'by_start': [statistics.median(some) * more for some in ratios]}
+    return rows
+
+
+def alternate(size, c):
+    """What every mode counts (FLOPs per token, parameters), and its tokens per second in each of c['rounds'] rounds.
+
+    Each side has a process of its own, as in training, so that none finds its memory in pieces that another left.
     """
     sides = {mode: subprocess.Popen([sys.executable, os.path.abspath(__file__), 'speed', json.dumps([mode, size, c])],
                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for mode in MODES}
@@ -139,12 +157,7 @@ def measure_speed(size, c):
     finally:
         for side in sides.values():
             side.kill()
-    rows = {}
-    for mode, (flops, parameters) in counted.items():
-        ratio = statistics.median(a / b for a, b in zip(speeds[mode][1:], speeds['gpt'][1:]))
-        rows[mode] = {'tokens_per_s': statistics.median(speeds[mode][1:]), 'all': speeds[mode][1:], 'ratio': ratio,
-                      'flops_per_token': flops, 'parameters': parameters, 'efficiency': ratio * flops / counted['gpt'][0]}
-    return rows
+    return counted, {mode: speeds[mode][1:] for mode in MODES}
 
 
 def peak_mb(device):
@@ -295,7 +308,7 @@ def check(c):
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
-    for key in ('segment_size', 'window', 'batch_size', 'bptt_segments', 'vocab_size', 'rounds', 'steps'):
+    for key in ('segment_size', 'window', 'batch_size', 'bptt_segments', 'vocab_size', 'starts', 'rounds', 'steps'):
         if c[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {c[key]}")
     if c['compile'] not in COMPILE:
