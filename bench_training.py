@@ -157,6 +157,7 @@ def alternate(size, c):
     finally:
         for side in sides.values():
             side.kill()
+            side.wait()  # the next start finds the machine free
     return counted, {mode: speeds[mode][1:] for mode in MODES}
 
 
