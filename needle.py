@@ -8,8 +8,7 @@ The needle: a key is shown once, filler follows, then the key is asked for. How 
     python needle.py --draw=out/fold_needle/recall.json,out/gpt_needle/recall.json  # both in one picture
 
 A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
-The answer counts if all of its digits are right. With pairs there are up to so many needles, one a segment, each with
-a name after its MARK, and then ASK NAME asks for all of them, in any order: how much fits into the memory.
+The answer counts if all of its digits are right. pairs.py is the same for several needles, each with a name.
 """
 import os
 import sys
@@ -29,8 +28,6 @@ symbols = 16                # different filler symbols
 dataset = 'shakespeare'     # of filler 'text': its training split trains, its validation split tests
 data_dir = 'data'           # folder of the prepared data sets
 key_length = 5              # digits of a key
-pairs = 0                   # most named needles in a sequence; 0 is one needle without a name, at any distance
-names = 64                  # different names
 # model
 model_type = 'fold'         # 'fold' or 'gpt'
 segment_size = 12           # l, tokens of a fold's segment
@@ -44,8 +41,8 @@ n_embd = 64                 # channels
 # training
 batch_size = 64             # new sequences of an update, and at most as many that walk on
 longest = 8                 # segments before the two of the question, once the curriculum has grown
-first = 1                   # segments, or pairs, with which the curriculum begins
-grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment, or a pair
+first = 1                   # segments with which the curriculum begins
+grow_at = 0.98              # recall of new sequences at which the curriculum grows by a segment
 leave = 0.01                # share of the walking sequences that leave at each update, though they remember
 max_iters = 3000            # updates
 learning_rate = 2e-3        # AdamW's, after warm-up
@@ -105,13 +102,13 @@ def picture(files):
 def make_task(split, seed):
     """The task whose filler comes from the training ('train') or the validation split ('val'), if it is text."""
     if filler == 'symbols':
-        return NeedleTask(seed, key_length, symbols, names=names if pairs else 0)
+        return NeedleTask(seed, key_length, symbols)
     folder = os.path.join(ckpt.ROOT, data_dir, dataset)
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         prepare(dataset, data_dir=data_dir)
     meta = load_meta(folder)
     text = torch.from_numpy(np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16).astype(np.int64))
-    return NeedleTask(seed, key_length, meta['vocab_size'], text, names if pairs else 0)
+    return NeedleTask(seed, key_length, meta['vocab_size'], text)
 
 
 def answered(logits, targets):
@@ -156,20 +153,6 @@ def read_and_ask(x, y, carry):
     return loss, answered(logits.detach().cpu().view(*y.shape, -1), y), carry
 
 
-def step_on_pairs(n):
-    """One update on sequences of n named needles. Returns the loss, and the share right of those asked for at the end."""
-    x, y = task.several(batch_size, n, segment_size, along=True)
-    logits, loss, _ = model(x.to(device), y.to(device))
-    update(loss)
-    after = n * segment_size  # all needles are shown
-    return loss.item(), share_of_pairs(logits[:, after:], y[:, after:])
-
-
-def share_of_pairs(logits, y):
-    """The share of answers of key_length digits each that are right."""
-    return (logits.detach().argmax(dim=-1).cpu() == y)[y >= 0].view(-1, key_length).all(dim=1).float().mean().item()
-
-
 def update(loss):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -210,23 +193,21 @@ def train():
         for group in optimizer.param_groups:
             group['lr'] = lr_at(it)
         hardest = torch.rand((), generator=task.draw) < 0.5
-        F = stage if hardest else int(task.integers(1 if pairs else 0, stage + 1, 1))
-        loss, right = step_on_pairs(F) if pairs else train_step(F)
+        F = stage if hardest else int(task.integers(0, stage + 1, 1))
+        loss, right = train_step(F)
         recall += 0.1 * (right - recall) * (F == stage)
-        grows = recall > grow_at and stage < (pairs or longest) and isinstance(model, FoldGPT)
+        grows = recall > grow_at and stage < longest and isinstance(model, FoldGPT)
         last = it + 1 == max_iters or stop.wanted()
         if grows or last or (it + 1) % log_interval == 0:
             seconds = time.perf_counter() - begun
             model.eval()
-            far = recall if pairs else evaluate([probe_distance], 200)[probe_distance] / 200
+            far = evaluate([probe_distance], 200)[probe_distance] / 200
             model.train()
             begun += time.perf_counter() - begun - seconds  # evaluating is not training
             log.append({'iter': it + 1, 'seconds': seconds, 'loss': loss, 'segments': stage, 'recall': recall,
                         'recall_at_probe_distance': far, 'walkers': int(walkers.there.sum()), 'age': walkers.mean_age()})
-            rest = '' if pairs else (f" and {far:.3f} at {probe_distance} tokens, {log[-1]['walkers']} walkers of "
-                                     f"{log[-1]['age']:,.0f} tokens")
-            print(f"iter {it + 1}: loss {loss:.4f}, recall {recall:.3f} at {stage} {'pairs' if pairs else 'segments'}"
-                  f"{rest}, {seconds:.0f} s", flush=True)
+            print(f"iter {it + 1}: loss {loss:.4f}, recall {recall:.3f} at {stage} segments and {far:.3f} at {probe_distance} "
+                  f"tokens, {log[-1]['walkers']} walkers of {log[-1]['age']:,.0f} tokens, {seconds:.0f} s", flush=True)
         if grows:
             stage, recall = stage + 1, 0.0
         if stop.wanted():
@@ -273,21 +254,6 @@ def interval(right, n, z=1.96):
     return max(0.0, center - half), min(1.0, center + half)
 
 
-@torch.no_grad()
-def pairs_table():
-    """Recall of one, two, ... named needles: a list of records."""
-    table, test = [], make_task('val', seed + 1_000_003)
-    for n in range(1, pairs + 1):
-        x, y = test.several(sequences, n, segment_size)
-        right = sum(share_of_pairs(model(a.to(device), b.to(device))[0], b) * len(a) / sequences
-                    for a, b in zip(x.split(50), y.split(50)))
-        table.append({'pairs': n, 'recall': right, 'sequences': sequences})
-        print(f"{n:>3} pairs: recall {right:.3f}, {n * sequences} answers", flush=True)
-    print(f"most pairs recalled at 0.9: {max((row['pairs'] for row in table if row['recall'] >= 0.9), default=0)}; "
-          f"chance: {DIGITS ** -key_length:g}")
-    return table
-
-
 def recall_table(lengths):
     """Recall at every distance: a list of records."""
     table = []
@@ -302,7 +268,7 @@ def recall_table(lengths):
 
 def check_config():
     """Refuse what would fail later."""
-    least = dict(symbols=1, key_length=1, pairs=0, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
+    least = dict(symbols=1, key_length=1, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
                  sequences=1, far_sequences=1, threads=0, probe_distance=0)
     for key, value in least.items():
         if config[key] < value:
@@ -311,12 +277,8 @@ def check_config():
         raise SystemExit(f"error: filler must be 'symbols' or 'text', not {filler!r}")
     if 2 * key_length + 2 > 2 * segment_size:
         raise SystemExit(f"error: a key of {key_length} digits and its question do not fit into two segments of {segment_size}")
-    if pairs and (key_length + 2 > segment_size or pairs > names or model_type == 'gpt'):
-        raise SystemExit(f"error: pairs={pairs} needs a fold, as many names, not {names}, and digits that fit into a segment "
-                         f"with MARK and name, not {key_length}: --key_length=1")
-    if first > (pairs or longest):
-        raise SystemExit(f"error: first={first} is more than the curriculum grows to: {'pairs' if pairs else 'longest'} "
-                         f"is {pairs or longest}")
+    if first > longest:
+        raise SystemExit(f"error: first={first} is more than the curriculum grows to: longest is {longest}")
     if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
         raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
     if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
@@ -367,7 +329,7 @@ if max_iters:
 stop.done()
 model.eval()
 try:
-    table = pairs_table() if pairs else recall_table(lengths)
+    table = recall_table(lengths)
 except KeyboardInterrupt:
     raise SystemExit(f"stopped while recall was measured; --init_from={target} --max_iters=0 begins that again") from None
 reached = next((record for record in log if record['recall_at_probe_distance'] >= 0.99), None)

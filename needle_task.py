@@ -3,8 +3,7 @@ The sequences of the needle task: a key among filler, and the question for it.
 
     filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
 
-At ASK and at each digit after it the next digit is to be predicted. Several needles in one sequence have names:
-MARK NAME 3 ... ASK NAME 3.
+At ASK and at each digit after it the next digit is to be predicted.
 """
 import torch
 
@@ -12,22 +11,20 @@ DIGITS = 10  # different digits of a key
 
 
 class NeedleTask:
-    """Draws sequences from a seed. Tokens: the filler's from 0 on, then ten digits, MARK, ASK, and the names.
+    """Draws sequences from a seed. Tokens: the filler's from 0 on, then ten digits, MARK and ASK.
 
     Args:
         seed: of everything that is drawn.
         key_length: digits of a key, k.
         filler: number of different filler tokens.
         text (N,) int64 or None: filler is taken from it, in contiguous pieces; None draws random tokens.
-        names: number of different names; 0 if there is one needle a sequence.
     """
 
-    def __init__(self, seed, key_length, filler, text=None, names=0):
+    def __init__(self, seed, key_length, filler, text=None):
         self.draw = torch.Generator().manual_seed(seed)
-        self.key_length, self.filler, self.text, self.names = key_length, filler, text, names
+        self.key_length, self.filler, self.text = key_length, filler, text
         self.first_digit, self.mark, self.ask = filler, filler + DIGITS, filler + DIGITS + 1
-        self.first_name = self.ask + 1
-        self.vocab_size = self.first_name + names
+        self.vocab_size = self.ask + 1
 
     def integers(self, low, high, *shape):
         """Random integers, low <= i < high."""
@@ -78,37 +75,3 @@ class NeedleTask:
         """Filler for rows that have read their keys (B, k) before, with the question in the last `tail` tokens: x, y (B, T)."""
         x = self.filling(len(keys), T)
         return x, self.put_question(x, keys, self.integers(T - tail, T - self.key_length + 1, len(keys)))
-
-    def several(self, B, n, l, along=False):
-        """B sequences with n named needles, one a segment of l tokens, then as many questions as fit into each segment.
-
-        Returns tokens and targets, (B, T) each; every needle is asked for once, in random order. With `along`, segments
-        that have room at their end ask there for one of the needles so far as well: easier questions, to learn from.
-        """
-        k, draw = self.key_length, self.draw
-        per_segment, needle_size = l // (k + 2), k + 2
-        x, keys = self.filling(B, (n - (-n // per_segment)) * l), self.keys(B * n).view(B, n, k)
-        y = torch.full_like(x, -1)
-        name = self.first_name + torch.rand(B, self.names, generator=draw).argsort(dim=1)[:, :n, None]  # (B, n, 1)
-        needle = torch.cat((torch.full_like(name, self.mark), name, keys), dim=2)                      # (B, n, k + 2)
-        place = self.integers(0, l - k - 1, B, n)
-        rows = torch.arange(B)[:, None].expand(B, n)
-        write(x, rows, torch.arange(n) * l + place, needle)
-        order = torch.rand(B, n, generator=draw).argsort(dim=1)
-        asked = (n + torch.arange(n) // per_segment) * l + torch.arange(n) % per_segment * needle_size
-        self.ask_for(x, y, rows, asked.expand(B, n), needle[rows, order])
-        if along:
-            row, segment = (place + 2 * needle_size <= l).nonzero(as_tuple=True)
-            which = (torch.rand(len(row), generator=draw) * (segment + 1)).long()
-            self.ask_for(x, y, row, (segment + 1) * l - needle_size, needle[row, which])
-        return x, y
-
-    def ask_for(self, x, y, rows, places, needles):
-        """ASK, name and digits into x, the digits as targets into y, in place: a needle (..., k + 2) at each (row, place)."""
-        write(x, rows, places, torch.cat((torch.full_like(needles[..., :1], self.ask), needles[..., 1:]), dim=-1))
-        write(y, rows, places + 1, needles[..., 2:])
-
-
-def write(x, rows, places, tokens):
-    """tokens (..., m) into x (B, T), in place: each m of them from its (row, place) on."""
-    x[rows[..., None], places[..., None] + torch.arange(tokens.size(-1))] = tokens

@@ -144,57 +144,6 @@ def test_a_run_is_not_written_over(needle):
     assert refused.code == 1 and '--overwrite=True' in refused.err
 
 
-def test_several_needles_are_each_asked_for_by_name(needle):
-    names = needle(max_iters=0, pairs=7, key_length=1).globals
-    task, n = names['task'], 7
-    x, y = task.several(200, n, 12)
-    assert x.shape == (200, (n + 2) * 12)  # four questions fit into a segment
-    orders = set()
-    for row, targets in zip(x.tolist(), y.tolist()):
-        marks = [i for i, token in enumerate(row) if token == task.mark]
-        assert [i // 12 for i in marks] == list(range(n)) and all(i % 12 <= 9 for i in marks)
-        value = {row[i + 1]: row[i + 2] for i in marks}
-        assert len(value) == n and min(value) >= task.first_name
-        asked = [i for i, token in enumerate(row) if token == task.ask]
-        assert sorted(row[i + 1] for i in asked) == sorted(value) and min(asked) == n * 12
-        assert [(i, t) for i, t in enumerate(targets) if t >= 0] == [(i + 1, value[row[i + 1]]) for i in asked]
-        orders.add(tuple(row[i + 1] == row[marks[k] + 1] for k, i in enumerate(asked)))
-    assert len(orders) > 20
-    starts = (x[:, :n * 12].view(200, n, 12) == task.mark).long().argmax(dim=2)
-    assert set(starts.flatten().tolist()) == set(range(10))
-
-
-def test_needles_asked_for_along_the_way_are_those_shown_before(needle):
-    task, n = needle(max_iters=0, pairs=7, key_length=1).globals['task'], 7
-    x, y = task.several(300, n, 12, along=True)
-    seen = set()
-    for row, targets in zip(x.tolist(), y.tolist()):
-        shown = {}
-        for i, token in enumerate(row):
-            if token == task.mark:
-                shown[row[i + 1]] = (len(shown), row[i + 2])
-            if token == task.ask:
-                number, value = shown[row[i + 1]]  # a name that came before
-                assert targets[i + 1] == value and targets[i] == -1
-                seen.add((number, len(shown), i >= n * 12))
-        assert sum(target >= 0 for target in targets) == row.count(task.ask) and row.count(task.mark) == n
-        assert sum(token == task.ask for token in row[n * 12:]) == n
-    assert {(a, b, False) for b in range(1, n + 1) for a in range(b)} <= seen
-
-
-def test_pairs_are_trained_and_counted(needle, tmp_path):
-    done = needle(pairs=3, key_length=1, grow_at=-1)
-    assert done.code == 0 and 'most pairs recalled at 0.9: 0' in done.out
-    result = json.load(open(tmp_path / 'needle' / 'recall.json'))
-    assert [row['pairs'] for row in result['recall']] == [1, 2, 3] and result['log'][-1]['segments'] == 3
-    begun = needle(pairs=3, key_length=1, first=2, grow_at=1, max_iters=1, log_interval=1)
-    assert json.load(open(tmp_path / 'needle' / 'recall.json'))['log'][0]['segments'] == 2 and begun.code == 0
-    share = done.globals['share_of_pairs']
-    y = torch.tensor([[-1, 3, -1, 4], [5, -1, 6, -1]])
-    logits = torch.nn.functional.one_hot(torch.tensor([[0, 3, 0, 9], [5, 0, 6, 0]]), 10).float()
-    assert share(logits, y) == 0.75
-
-
 def test_runs_are_drawn_into_one_picture(needle, run, tmp_path):
     needle()
     result = json.load(open(tmp_path / 'needle' / 'recall.json'))

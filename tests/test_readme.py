@@ -85,13 +85,6 @@ def test_plain_and_gated_needle(kind, seed):
                 f"{first['seconds'] / 60:.1f}" if first else '', *(right[d] for d in (192, 12288, 49152, 1000000)))
 
 
-def test_several_needles():
-    two = [result(f'needle/pairs_{C}_1337.json')['recall'][1]['recall'] for C in (64, 128)]
-    assert says(f"two at {two[0]:.3f} and {two[1]:.3f}")
-    r = result('needle/pairs_128_from_4_1337.json')['recall']
-    assert says(f"two at {r[1]['recall']:.3f}, four at {r[3]['recall']:.3f}, eight at {r[7]['recall']:.3f}")
-
-
 # --- speed and memory -----------------------------------------------------------------------------------------------
 
 def test_generation():
