@@ -22,7 +22,7 @@ seed = 1337                 # of the weights and of every sequence
 # task
 names = 32                  # different names
 symbols = 16                # different filler symbols
-places = 'turn'             # of pairs in their segments: 'turn' (each three tokens after the last, round and round) or 'any'
+places = 'turn'             # of pairs in their segments: 'turn' (each a token before the last one's, round and round) or 'any'
 # model
 segment_size = 12           # l, tokens of a segment
 n_local = 1                 # local layers
@@ -35,7 +35,7 @@ matched = True              # start from weights that compare names; False is GP
 pairs = 12                  # most pairs of a sequence
 together = 3                # pairs of the first lesson, all in one segment: to tell names apart
 passed_at = 0.95            # its recall at which pairs one a segment, and sequences that walk on, take over
-fresh = 8                   # new sequences of a later update; as many of those that walk on leave, by chance
+fresh = 16                  # new sequences of a later update; as many of those that walk on leave, by chance
 batch_size = 64             # sequences of an update of the first lesson; later those that walk on
 segments = 4                # that an update reads
 questions = 2               # segments of questions that an update asks of every sequence
@@ -110,7 +110,7 @@ class Rows:
         for s in range(n):
             shows = ((uniform(B) < often) | (self.shown == 0)) & (self.shown < self.most)
             rows = shows.nonzero()[:, 0]
-            turn = (self.start[rows] + 3 * self.shown[rows]) % (l - 2)
+            turn = (self.start[rows] - self.shown[rows]) % (l - 2)
             self.show(x, rows, s * l + (turn if places == 'turn' else integers(0, l - 2, len(rows))))
         return x
 
