@@ -241,12 +241,11 @@ def held(table, share=0.9):
 
 def match_names(model):
     """Start attention where it compares and copies, in place: keys equal to queries, and larger, values and outputs near
-    the identity, embeddings larger (mimetic initialization, Trockman and Kolter 2023). GPT-2's usual start has every
-    place attend to all others alike, and finding a pair by its name does not set in."""
+    the identity, tokens larger than places (mimetic initialization, Trockman and Kolter 2023). GPT-2's usual start has
+    every place attend to all others alike, and finding a pair by its name does not set in."""
     C = model.config.n_embd
     with torch.no_grad():
-        for table in (model.transformer.wte, model.transformer.wpe):
-            table.weight *= 8
+        model.transformer.wte.weight *= 8
         for block in model.transformer.h:
             q, k, v = block.attn.c_attn.weight.split(C)
             q *= 4

@@ -165,6 +165,7 @@ def test_the_start_compares_names(pairs):
         torch.testing.assert_close(b.attn.c_attn.weight[32:], 0.5 * v + 0.7 * torch.eye(16))
         torch.testing.assert_close(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
     torch.testing.assert_close(matched.transformer.wte.weight, 8 * usual.transformer.wte.weight)
+    assert torch.equal(matched.transformer.wpe.weight, usual.transformer.wpe.weight)
     assert matched.lm_head.weight is matched.transformer.wte.weight
 
 
