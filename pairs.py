@@ -2,7 +2,7 @@
 Pairs: digits with names are shown, one a segment, and asked for by name. How many does the memory hold?
 
     python pairs.py                                                 # trains, then prints recall against their number
-    python pairs.py --n_embd=64 --out_dir=out/pairs_64              # with half the channels
+    python pairs.py --n_embd=128 --n_head=4 --out_dir=out/pairs_128
     python pairs.py --init_from=out/pairs --max_iters=0 --wait=100  # a trained one, asked 100 segments later
 
 A sequence has a segment for each pair,  filler MARK 3 NAME filler,  and is asked aside,  ASK NAME 3 ASK NAME 7 ...: a
@@ -28,9 +28,10 @@ segment_size = 12           # l, tokens of a segment
 n_local = 1                 # local layers
 n_global = 2                # global layers
 carry = 'gated'             # 'plain' or 'gated'
-n_head = 4                  # attention heads
-n_embd = 128                # channels
+n_head = 2                  # attention heads
+n_embd = 64                 # channels
 matched = True              # start from weights that compare names; False is GPT-2's usual start
+place_scale = 1.0           # of a matched start: the position embedding, times so much (README)
 # training
 pairs = 12                  # most pairs of a sequence
 together = 3                # pairs of the first lesson, all in one segment: to tell names apart
@@ -246,6 +247,7 @@ def match_names(model):
     C = model.config.n_embd
     with torch.no_grad():
         model.transformer.wte.weight *= 8
+        model.transformer.wpe.weight *= place_scale
         for block in model.transformer.h:
             q, k, v = block.attn.c_attn.weight.split(C)
             q *= 4

@@ -92,8 +92,14 @@ def test_sequences_walk_on_with_their_memory_and_their_pairs(pairs):
             texts[tuple(order)] = torch.cat((texts.get(tuple(order), text[:0]), text))
         return x
     Rows.further = recorded
+    ask = names['ask']
+
+    def asked(rows, which):
+        assert which.shape == (len(rows.most), 4) and (which < rows.shown[:, None]).all()
+        return ask(rows, which)
+    names['held'].__globals__['ask'] = asked
     walking = None
-    for _ in range(6):
+    for _ in range(12):
         loss, right, walking = names['further_lesson'](walking)
     assert len(walking.most) == 8 and 0 <= right <= 1 and not walking.carry.requires_grad
     lengths = set()
@@ -102,19 +108,20 @@ def test_sequences_walk_on_with_their_memory_and_their_pairs(pairs):
         lengths.add(len(text))
         torch.testing.assert_close(model(text[None])[2][0].detach(), carry)
         assert shown(names, text.tolist())[0] == dict(zip(order[:count], digits))
-    assert len(lengths) > 2  # new ones, and some from long before
+    assert min(lengths) == 24 and max(lengths) > 72  # new ones, and, as it is chance that ends a walk, some from long before
 
 
 class Scholar:
     """Keeps the last `kept` pairs, and a digit that is wrong for all others."""
 
     def __init__(self, names, kept):
-        self.names, self.kept = names, kept
+        self.names, self.kept, self.read = names, kept, set()
 
     def __call__(self, x, y=None, carry=None):
         if y is None:
             return None, None, x if carry is None else torch.cat((carry, x), dim=1)
         logits = torch.zeros(*x.shape, self.names['FIRST_NAME'] + 9)
+        self.read.add(carry.size(1))
         for row, text in enumerate(carry.tolist()):
             digits = dict(list(shown(self.names, text)[0].items())[-self.kept:])
             for i, token in enumerate(x[row].tolist()):
@@ -124,12 +131,12 @@ class Scholar:
 
 def test_recall_is_that_of_the_model(pairs):
     names = pairs(max_iters=0, most=6, sequences=55, wait=3).globals
-    names['held'].__globals__['model'] = Scholar(names, 4)
+    scholar = names['held'].__globals__['model'] = Scholar(names, 4)
     table = names['recall_table']()
     assert [row['recall'] for row in table] == pytest.approx([1, 1, 1, 1, 4 / 5, 4 / 6])
     assert [row['answers'] for row in table] == [55 * n for n in range(1, 7)]
     assert table[5]['in_order'] == pytest.approx([0, 0, 1, 1, 1, 1])
-    assert names['held'](table) == 4
+    assert names['held'](table) == 4 and scholar.read == {(n + 3) * 12 for n in range(1, 7)}
 
 
 def test_held_is_what_is_recalled_without_a_gap(pairs):
@@ -142,6 +149,8 @@ def test_the_lessons_follow_one_another(pairs, tmp_path):
     done = pairs(passed_at=-1)
     log = result(tmp_path)['log']
     assert done.code == 0 and 'most pairs recalled at 0.9: 0; chance: 0.1' in done.out
+    start, end = (run.globals['model'].transformer.wpe.weight for run in (pairs(max_iters=0, out_dir=tmp_path / 'none'), done))
+    assert not torch.equal(start, end)
     assert [(row['iter'], row['lesson']) for row in log] == [(1, 1), (2, 2), (4, 2)]
     assert pairs(passed_at=1.1).code == 0 and {row['lesson'] for row in result(tmp_path)['log']} == {1}
     again = pairs(init_from=tmp_path / 'pairs', out_dir=tmp_path / 'again', names=9, max_iters=2)
@@ -158,14 +167,14 @@ def test_two_runs_with_one_seed_are_the_same(pairs, tmp_path):
 
 
 def test_the_start_compares_names(pairs):
-    usual, matched = (pairs(max_iters=0, matched=how).globals['model'] for how in (False, True))
+    usual, matched = (pairs(max_iters=0, matched=how, place_scale=3).globals['model'] for how in (False, True))
     for a, b in zip(usual.transformer.h, matched.transformer.h):
         q, k, v = a.attn.c_attn.weight.split(16)
         assert torch.equal(b.attn.c_attn.weight[:32], torch.cat((4 * q, 4 * q)))
         torch.testing.assert_close(b.attn.c_attn.weight[32:], 0.5 * v + 0.7 * torch.eye(16))
         torch.testing.assert_close(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
     torch.testing.assert_close(matched.transformer.wte.weight, 8 * usual.transformer.wte.weight)
-    assert torch.equal(matched.transformer.wpe.weight, usual.transformer.wpe.weight)
+    torch.testing.assert_close(matched.transformer.wpe.weight, 3 * usual.transformer.wpe.weight)
     assert matched.lm_head.weight is matched.transformer.wte.weight
 
 

@@ -85,6 +85,32 @@ def test_plain_and_gated_needle(kind, seed):
                 f"{first['seconds'] / 60:.1f}" if first else '', *(right[d] for d in (192, 12288, 49152, 1000000)))
 
 
+@pytest.mark.parametrize('l, C, heads', [(12, 64, 2), (12, 128, 4), (24, 64, 2), (24, 128, 4)])
+def test_many_needles(l, C, heads):
+    r = result(f'pairs/l{l}_{C}ch_1337.json')
+    assert r['sizes']['segment_size'] == l and r['sizes']['n_embd'] == C and r['config']['places'] == 'turn'
+    shares = [f"{r['recall'][n - 1]['recall']:.3f}" for n in (4, 8, 10, 11, 12, 16, 20, 22, 24, 32)]
+    assert says(f'{l}, {C}, {heads}', f"{r['log'][-1]['iter']:,}, {r['training_minutes']:.1f}", *shares, str(r['held_at_0.9']))
+    last = r['recall'][27]['in_order'][-(l - 2):]  # of 28 pairs
+    assert (min(last) > 0.95 or (l, C) == (12, 64)) and max(r['recall'][27]['in_order'][:-l]) < 0.25
+
+
+@pytest.mark.parametrize('name', ['12_64ch_1337', '12_64ch_1338_small_places', '12_64ch_1337_small_places', '12_64ch_4heads_1337',
+                                  '12_128ch_1337', '12_128ch_1338', '12_128ch_1337_usual_start'])
+def test_starts_of_many_needles(name):
+    r = result(f'pairs/l{name}.json')
+    c, log, scale = r['config'], r['log'], 1 if 'small' in name else 8
+    passed = max(row['iter'] for row in log if row['lesson'] == 1)
+    start = f'place_scale {scale}' if c['matched'] else 'usual start'
+    assert says(f"{c['n_embd']} channels, {c['n_head']} heads, {start}, seed {c['seed']}", f"{log[-1]['iter']:,}",
+                f'{passed:,}' if passed < log[-1]['iter'] else 'never', str(r['held_at_0.9']))
+
+
+def test_needles_that_waited():
+    r = result('pairs/l12_128ch_1337_waited.json')
+    assert r['config']['wait'] == 100 and says(f"recalled as before ({r['recall'][9]['recall']:.3f}, 12 tokens a segment")
+
+
 # --- speed and memory -----------------------------------------------------------------------------------------------
 
 def test_generation():
