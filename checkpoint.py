@@ -106,6 +106,20 @@ def trim_log(path, keep):
     os.replace(path + '.tmp', path)
 
 
+def save_task(folder, model, model_type, config, iters, made_by):
+    """Write ckpt.pt of a model trained on a memory task. Raises SystemExit like save."""
+    save(os.path.join(folder, 'ckpt.pt'), {
+        'model_type': model_type, 'model_args': model_args(model), 'model': model.state_dict(), 'config': config,
+        'iter_num': iters, 'provenance': made_by})
+    print(f"saved in {folder}")
+
+
+def refuse_to_replace(folder):
+    """Raise SystemExit if a folder holds a run."""
+    if os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        raise SystemExit(f"error: {folder} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
+
+
 def fingerprint(model):
     """A text that names a model by its type, sizes and weights: 16 hexadecimal digits of their SHA-256."""
     digest = hashlib.sha256(f"{type(model).__name__} {model_args(model)}".encode())

@@ -68,6 +68,13 @@ def numbers(key, text, least=0, multiple=1):
     raise SystemExit(f"error: {key} must be whole numbers from {least} on{kind}, separated by commas, not {text!r}")
 
 
+def at_least(config, **least):
+    """Raise SystemExit if a setting is smaller than told."""
+    for key, value in least.items():
+        if config[key] < value:
+            raise SystemExit(f"error: {key} must be at least {value}, not {config[key]}")
+
+
 def show(config):
     """Return a configuration as text, one aligned `key = value` per line.
 

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from configurator import configure, numbers, show
+from configurator import at_least, configure, numbers, show
 
 # run
 out_dir = 'out/needle'      # folder of the checkpoint, the log and recall.json
@@ -153,14 +153,7 @@ def read_and_ask(x, y, carry):
     return loss, answered(logits.detach().cpu().view(*y.shape, -1), y), carry
 
 
-def update(loss):
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def train_step(F):
+def train_step(F, lr):
     """One update on new sequences, F segments and the two of the question, and on the walkers. Returns loss, recall."""
     l = segment_size
     T = (F + 2) * l if isinstance(model, FoldGPT) else max(2 * l, block_size)
@@ -171,7 +164,7 @@ def train_step(F):
         x, y = task.old(walkers.keys[rows], T, 2 * l)
         loss_old, right_old, carry_old = read_and_ask(x, y, walkers.carry[rows])
         loss = loss + loss_old * len(rows) / batch_size
-    update(loss)
+    training.update(model, optimizer, loss, lr, grad_clip)
     if len(rows):
         walkers.carry[rows], walkers.age[rows] = carry_old.detach(), walkers.age[rows] + F * l
         walkers.there[rows] = right_old & (torch.rand(len(rows), generator=task.draw) >= leave)
@@ -180,21 +173,14 @@ def train_step(F):
     return loss.item(), right.float().mean().item()
 
 
-def lr_at(it):
-    """Learning rate of update it: linear warm-up, constant, linear decay to 0."""
-    return learning_rate * min((it + 1) / warmup_iters, 1.0, (max_iters - it) / max(1, max_iters * (1 - decay_from)))
-
-
 def train():
     """All updates. Returns the log: a record every log_interval updates, and one whenever the curriculum grows."""
     stage, recall, log, begun = first, 0.0, [], time.perf_counter()
     model.train()
     for it in range(max_iters):
-        for group in optimizer.param_groups:
-            group['lr'] = lr_at(it)
         hardest = torch.rand((), generator=task.draw) < 0.5
         F = stage if hardest else int(task.integers(0, stage + 1, 1))
-        loss, right = train_step(F)
+        loss, right = train_step(F, training.linear_lr(it, max_iters, learning_rate, warmup_iters, decay_from))
         recall += 0.1 * (right - recall) * (F == stage)
         grows = recall > grow_at and stage < longest and isinstance(model, FoldGPT)
         last = it + 1 == max_iters or stop.wanted()
@@ -268,11 +254,8 @@ def recall_table(lengths):
 
 def check_config():
     """Refuse what would fail later."""
-    least = dict(symbols=1, key_length=1, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
-                 sequences=1, far_sequences=1, threads=0, probe_distance=0)
-    for key, value in least.items():
-        if config[key] < value:
-            raise SystemExit(f"error: {key} must be at least {value}, not {config[key]}")
+    at_least(config, symbols=1, key_length=1, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
+             sequences=1, far_sequences=1, threads=0, probe_distance=0)
     if filler not in ('symbols', 'text'):
         raise SystemExit(f"error: filler must be 'symbols' or 'text', not {filler!r}")
     if 2 * key_length + 2 > 2 * segment_size:
@@ -281,8 +264,8 @@ def check_config():
         raise SystemExit(f"error: first={first} is more than the curriculum grows to: longest is {longest}")
     if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
         raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
-    if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
-        raise SystemExit(f"error: {target} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
+    if max_iters and not overwrite:
+        ckpt.refuse_to_replace(target)
 
 
 if draw:
@@ -318,10 +301,8 @@ begun = time.perf_counter()
 log = train()
 trained = time.perf_counter() - begun
 if max_iters:
-    ckpt.save(os.path.join(target, 'ckpt.pt'), {
-        'model_type': model_type, 'model_args': ckpt.model_args(model), 'model': model.state_dict(), 'config': config,
-        'iter_num': log[-1]['iter'] if log else 0, 'provenance': made_by})
-    print(f"trained in {trained / 60:.1f} minutes, saved in {target}")
+    print(f"trained in {trained / 60:.1f} minutes")
+    ckpt.save_task(target, model, model_type, config, log[-1]['iter'], made_by)
     if stop.wanted():
         print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
               f"--max_iters=0 does that")

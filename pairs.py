@@ -12,7 +12,7 @@ the digit stands before the name: the place with the name is the one that a ques
 import os
 import time
 
-from configurator import configure, show
+from configurator import at_least, configure, show
 
 # run
 out_dir = 'out/pairs'       # folder of the checkpoint and of recall.json
@@ -31,7 +31,7 @@ carry = 'gated'             # 'plain' or 'gated'
 n_head = 2                  # attention heads
 n_embd = 64                 # channels
 matched = True              # start from weights that compare names; False is GPT-2's usual start
-place_scale = 1.0           # of a matched start: the position embedding, times so much (README)
+place_scale = 8.0           # of a matched start: the position embedding, times so much (README)
 # training
 pairs = 12                  # most pairs of a sequence
 together = 3                # pairs of the first lesson, all in one segment: to tell names apart
@@ -41,7 +41,7 @@ batch_size = 64             # sequences of an update of the first lesson; later 
 segments = 4                # that an update reads
 questions = 2               # segments of questions that an update asks of every sequence
 often = 0.75                # share of the segments with a pair, until a sequence has shown all of its own
-max_iters = 1500            # updates
+max_iters = 2500            # updates
 learning_rate = 2e-3        # AdamW's, after warm-up
 warmup_iters = 100          # updates of linear warm-up
 decay_from = 0.6            # share of the updates after which the learning rate falls, linearly to 0
@@ -146,14 +146,14 @@ def ask(rows, which):
     return loss, (logits.detach().argmax(dim=-1).cpu() == y)[y >= 0].view(which.shape)
 
 
-def first_lesson():
+def first_lesson(lr):
     """An update on new sequences with all pairs in one segment. Returns the loss and the share of right answers."""
     rows = Rows(torch.full((batch_size,), together))
     rows.carry = model(rows.at_once(together).to(device))[2]
-    return learn(rows)
+    return learn(rows, lr)
 
 
-def further_lesson(walking):
+def further_lesson(walking, lr):
     """An update on new sequences and on those that walk on. Returns the loss, the share right, and those that walk on now."""
     most = torch.where(uniform(fresh) < 0.5, pairs, integers(1, pairs + 1, fresh))
     rows = Rows(most)
@@ -161,26 +161,18 @@ def further_lesson(walking):
     if walking is not None:
         walking.carry = model(walking.further(segments, often).to(device), carry=walking.carry)[2]
         rows.join(walking)
-    loss, right = learn(rows)
+    loss, right = learn(rows, lr)
     rows.carry = rows.carry.detach()
     rows.pick(torch.cat((torch.arange(fresh), fresh + uniform(len(rows.most) - fresh).argsort()[:batch_size - fresh])))
     return loss, right, rows
 
 
-def learn(rows):
+def learn(rows, lr):
     """Ask for pairs that have been shown, any of them and any number of times, and update the model."""
     Q = questions * (segment_size // 3)
     loss, right = ask(rows, (uniform(len(rows.shown), Q) * rows.shown[:, None]).long())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    training.update(model, optimizer, loss, lr, grad_clip)
     return loss.item(), right.float().mean().item()
-
-
-def lr_at(it):
-    """Learning rate of update it: linear warm-up, constant, linear decay to 0."""
-    return learning_rate * min((it + 1) / warmup_iters, 1.0, (max_iters - it) / max(1, max_iters * (1 - decay_from)))
 
 
 def train():
@@ -188,12 +180,11 @@ def train():
     walking, recall, lesson, log, begun = None, 0.0, 1 if init_from == 'scratch' else 2, [], time.perf_counter()
     model.train()
     for it in range(max_iters):
-        for group in optimizer.param_groups:
-            group['lr'] = lr_at(it)
+        lr = training.linear_lr(it, max_iters, learning_rate, warmup_iters, decay_from)
         if lesson == 1:
-            loss, right = first_lesson()
+            loss, right = first_lesson(lr)
         else:
-            loss, right, walking = further_lesson(walking)
+            loss, right, walking = further_lesson(walking, lr)
         recall += 0.05 * (right - recall)
         passed, last = lesson == 1 and recall >= passed_at, it + 1 == max_iters or stop.wanted()
         if passed or last or (it + 1) % log_interval == 0:
@@ -258,11 +249,8 @@ def match_names(model):
 
 def check_config():
     """Refuse what would fail later."""
-    least = dict(names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, batch_size=1, segments=1, questions=1,
-                 max_iters=0, warmup_iters=1, log_interval=1, most=1, sequences=1, wait=0, threads=0)
-    for key, value in least.items():
-        if config[key] < value:
-            raise SystemExit(f"error: {key} must be at least {value}, not {config[key]}")
+    at_least(config, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, batch_size=1, segments=1, questions=1,
+             max_iters=0, warmup_iters=1, log_interval=1, most=1, sequences=1, wait=0, threads=0)
     if places not in ('turn', 'any'):
         raise SystemExit(f"error: places must be 'turn' or 'any', not {places!r}")
     for key in ('pairs', 'together', 'most'):
@@ -272,8 +260,8 @@ def check_config():
         raise SystemExit(f"error: together={together} pairs of three tokens do not fit into a segment of {segment_size}")
     if fresh > batch_size:
         raise SystemExit(f"error: fresh={fresh} is more than batch_size={batch_size}")
-    if os.path.exists(os.path.join(target, 'ckpt.pt')) and not overwrite and max_iters:
-        raise SystemExit(f"error: {target} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
+    if max_iters and not overwrite:
+        ckpt.refuse_to_replace(target)
 
 
 target = os.path.join(ckpt.ROOT, out_dir)
@@ -284,9 +272,10 @@ torch.manual_seed(seed)
 if init_from == 'scratch':
     check_config()
     model = ckpt.make_model('fold', {**config, 'vocab_size': FIRST_NAME + names, 'bias': False, 'dropout': 0.0,
-                                     'block_size': segment_size}).to(device)
+                                     'block_size': segment_size})
     if matched:
         match_names(model)
+    model.to(device)
 else:
     saved = ckpt.load(ckpt.find_file(init_from), device)
     model = ckpt.load_model(saved, device=device)
@@ -307,10 +296,8 @@ begun = time.perf_counter()
 log = train()
 trained = time.perf_counter() - begun
 if max_iters:
-    ckpt.save(os.path.join(target, 'ckpt.pt'), {
-        'model_type': 'fold', 'model_args': ckpt.model_args(model), 'model': model.state_dict(), 'config': config,
-        'iter_num': log[-1]['iter'], 'provenance': made_by})
-    print(f"trained in {trained / 60:.1f} minutes, saved in {target}")
+    print(f"trained in {trained / 60:.1f} minutes")
+    ckpt.save_task(target, model, 'fold', config, log[-1]['iter'], made_by)
     if stop.wanted():
         print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
               f"--max_iters=0 does that")

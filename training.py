@@ -239,6 +239,23 @@ def mean(value):
     return value
 
 
+# --- updates of the memory tasks --------------------------------------------------------------------------------
+
+def linear_lr(it, max_iters, learning_rate, warmup_iters, decay_from):
+    """The learning rate of update it: linear warm-up, constant, and from a share of the updates on linear decay to 0."""
+    return learning_rate * min((it + 1) / warmup_iters, 1.0, (max_iters - it) / max(1, max_iters * (1 - decay_from)))
+
+
+def update(model, optimizer, loss, lr, grad_clip):
+    """One update by the gradient of a loss, its norm clipped."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 # --- stopping ---------------------------------------------------------------------------------------------------
 
 class Stop:

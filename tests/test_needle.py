@@ -100,8 +100,7 @@ def test_walkers_carry_on_from_where_they_were_and_leave_when_wrong(needle):
             return loss, torch.tensor([True, False, True, False]), after
         return loss, torch.zeros(8, dtype=torch.bool), after
     names['train_step'].__globals__['read_and_ask'] = read_and_ask
-    names['optimizer'].param_groups[0]['lr'] = names['optimizer'].param_groups[1]['lr'] = 0.0
-    names['train_step'](2)
+    names['train_step'](2, 0.0)
     [(x, before, after)] = seen
     assert torch.equal(before[1], carry[2])
     assert walkers.there.nonzero()[:, 0].tolist() == [0, 2] and walkers.age[0] == 7 + 24
