@@ -2,12 +2,13 @@
 Measure training: tokens per second, efficiency, and memory as a function of the length of a sequence.
 
     python bench_training.py                       # all of it; hours on two CPU cores, most of it for long sequences
-    python bench_training.py --parts=speed --sizes=2+2x128x4 --starts=9
+    python bench_training.py --parts=speed --sizes=2+2x128x4 --starts=9 --processes=1,2
     python bench_training.py --parts=memory,longest --block_sizes=192,768 --longest_cap=3072
 """
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reac
 compile = 'auto'      # as in train.py
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0           # CPU threads; 0 leaves it to torch
+processes = '1'       # that share a batch, as under torchrun, one thread each where there are several: every side so, for the speed
 results_dir = 'results'  # folder of training.json and training.png
 MODES = ('full', 'truncated', 'recomputed', 'gpt')
 
@@ -55,7 +57,8 @@ def model_settings(size, T, c):
 
 
 def make(mode, size, T, c):
-    """One side: its model, and update(x, y), an update as train.py makes it. c: the settings, with device found."""
+    """One side: its model, its optimizer, and update(x, y), as train.py makes it: one of several processes takes its share
+    of the rows. c: the settings, with device found."""
     import torch
     import training
     from checkpoint import make_model
@@ -64,13 +67,15 @@ def make(mode, size, T, c):
     if kind == 'cpu':
         training.keep_freed_memory()
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
-    training.compile_model(model, c['batch_size'], c['compile'], c['device'], autocast)
+    training.compile_model(model, c['batch_size'] // training.WORLD, c['compile'], c['device'], autocast)
+    trained = training.parallel(model, c['device'])
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
     how = {'chunk': c['bptt_segments'] * c['segment_size']} if mode == 'truncated' else {}
     how = {'recompute': True} if mode == 'recomputed' else how
 
     def update(x, y):
-        loss, _ = training.backpropagate(model, x, y, device=c['device'], autocast=autocast, **how)
+        x, y = (tokens.chunk(training.WORLD)[training.RANK] for tokens in (x, y))
+        loss, _ = training.backpropagate(trained, x, y, device=c['device'], autocast=autocast, **how)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -94,13 +99,15 @@ def wait(device):
 
 
 def speed_side(mode, size, c):
-    """One side of measure_speed, in this process: its FLOPs per token and parameters, then, for every line that comes in,
-    `steps` updates and their tokens per second. Each is a line of JSON on standard output."""
+    """One process of a side of measure_speed: the side's FLOPs per token and parameters, then, for every line that comes
+    in, `steps` updates and the side's tokens per second. Each is a line of JSON on standard output, of the first process."""
     import torch
+    import training
     from flops import flops_per_token
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops measure_speed, which ends this process
     if c['threads']:
         torch.set_num_threads(c['threads'])
+    c['device'] = training.join(c['device'])
     torch.manual_seed(1337)
     model, _, update = make(mode, size, c['window'], c)
     x, y = batch(c['window'], c)
@@ -108,57 +115,76 @@ def speed_side(mode, size, c):
     for _ in sys.stdin:
         before = time.perf_counter()
         for _ in range(c['steps']):
-            update(x, y)
+            update(x, y)  # ends when all processes have their gradients
         wait(c['device'])
         print(json.dumps(c['steps'] * x.numel() / (time.perf_counter() - before)), flush=True)
 
 
 def measure_speed(size, c):
-    """Tokens per second of every mode at one size, alternating; medians, and efficiency against the GPT.
+    """{name: row} of tokens per second of every mode at one size, in every number of processes, alternating; medians.
 
-    Efficiency is (tokens/s of a fold / tokens/s of the GPT) / (FLOPs per token of the GPT / those of the fold).
+    'full' is a mode in one process, 'full, 2 processes' in two. Ratio and efficiency, (tokens/s / tokens/s of the GPT) /
+    (FLOPs per token of the GPT / its own), are against the GPT in the number of processes in which that is fastest;
     by_start is the efficiency of the rounds after each start alone.
     """
     starts = [alternate(size, c) for _ in range(c['starts'])]
     counted, rows = starts[0][0], {}
-    for mode, (flops, parameters) in counted.items():
-        ratios = [[a / b for a, b in zip(speeds[mode], speeds['gpt'])] for _, speeds in starts]
-        speeds = [speed for _, speeds in starts for speed in speeds[mode]]
-        ratio, more = statistics.median(sum(ratios, [])), flops / counted['gpt'][0]
-        rows[mode] = {'tokens_per_s': statistics.median(speeds), 'all': speeds, 'ratio': ratio, 'flops_per_token': flops,
-                      'parameters': parameters, 'efficiency': ratio * more,
+    pooled = {name: [speed for _, speeds in starts for speed in speeds[name]] for name in counted}
+    best = max((name for name in counted if name.split(',')[0] == 'gpt'), key=lambda name: statistics.median(pooled[name]))
+    for name, (flops, parameters) in counted.items():
+        ratios = [[a / b for a, b in zip(speeds[name], speeds[best])] for _, speeds in starts]
+        ratio, more = statistics.median(sum(ratios, [])), flops / counted[best][0]
+        rows[name] = {'tokens_per_s': statistics.median(pooled[name]), 'all': pooled[name], 'ratio': ratio,
+                      'flops_per_token': flops, 'parameters': parameters, 'efficiency': ratio * more,
                       'by_start': [statistics.median(some) * more for some in ratios]}
     return rows
 
 
 def alternate(size, c):
-    """What every mode counts (FLOPs per token, parameters), and its tokens per second in each of c['rounds'] rounds.
+    """{side: (FLOPs per token, parameters)} and {side: its tokens per second in each of c['rounds'] rounds}.
 
-    Each side has a process of its own, as in training, so that none finds its memory in pieces that another left.
+    Each side has processes of its own, as in training, so that none finds its memory in pieces that another left.
     """
-    sides = {mode: subprocess.Popen([sys.executable, os.path.abspath(__file__), 'speed', json.dumps([mode, size, c])],
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for mode in MODES}
+    sides = {}
 
-    def answer(mode):
-        line = sides[mode].stdout.readline()
+    def answer(name):
+        line = sides[name][0].stdout.readline()
         if not line:
-            raise SystemExit(f"error: the process of {mode} at {size} ended with code {sides[mode].wait()}")
+            raise SystemExit(f"error: the process of {name} at {size} ended with code {sides[name][0].wait()}")
         return json.loads(line)
 
-    def ask(mode):
-        sides[mode].stdin.write('\n')
-        sides[mode].stdin.flush()
-        return answer(mode)
+    def ask(name):
+        for process in sides[name]:
+            process.stdin.write('\n')
+            process.stdin.flush()
+        return answer(name)
     try:
-        counted, speeds = {mode: answer(mode) for mode in MODES}, {mode: [] for mode in MODES}
+        for n in numbers('processes', c['processes']):
+            for mode in MODES:
+                sides[mode + f', {n} processes' * (n > 1)] = launch(mode, size, n, c)
+        names = list(sides)
+        counted, speeds = {name: answer(name) for name in names}, {name: [] for name in names}
         for r in range(c['rounds'] + 1):  # the first one warms up
-            for mode in MODES if r % 2 else MODES[::-1]:
-                speeds[mode].append(ask(mode))
+            for name in names if r % 2 else names[::-1]:
+                speeds[name].append(ask(name))
     finally:
-        for side in sides.values():
-            side.kill()
-            side.wait()  # the next start finds the machine free
-    return counted, {mode: speeds[mode][1:] for mode in MODES}
+        for process in sum(sides.values(), []):
+            process.kill()
+            process.wait()  # the next start finds the machine free
+    return counted, {name: speeds[name][1:] for name in names}
+
+
+def launch(mode, size, n, c):
+    """The n processes of a side, that meet as those of torchrun do."""
+    command = [sys.executable, os.path.abspath(__file__), 'speed', json.dumps([mode, size, c])]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if n == 1:
+        return [subprocess.Popen(command, **pipes)]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        shared = {'OMP_NUM_THREADS': '1', **os.environ, 'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1',
+                  'MASTER_PORT': str(free.getsockname()[1])}
+    return [subprocess.Popen(command, env={**shared, 'RANK': str(r), 'LOCAL_RANK': str(r)}, **pipes) for r in range(n)]
 
 
 def peak_mb(device):
@@ -314,6 +340,9 @@ def check(c):
             raise SystemExit(f"error: {key} must be at least 1, not {c[key]}")
     if c['compile'] not in COMPILE:
         raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
+    for n in numbers('processes', c['processes'], least=1):
+        if c['batch_size'] % n:
+            raise SystemExit(f"error: {n} processes cannot share batch_size={c['batch_size']} sequences equally")
     for size in c['sizes'].split(','):
         make_model('fold', model_settings(size, c['window'], c))
     numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])

@@ -207,6 +207,8 @@ def test_help_names_every_key_with_default_and_comment(run, script):
 @pytest.mark.parametrize('args, parts', [
     (['--parts=speeds'], ['parts are speed, memory and longest', "'speeds'"]),
     (['--rounds=0'], ['rounds must be at least 1']),
+    (['--processes=3'], ['3 processes cannot share batch_size=16']),
+    (['--processes=0'], ['processes must be whole numbers from 1 on', "'0'"]),
     (['--compile=fast'], ['compile must be one of auto', "'fast'"]),
     (['--sizes=2+2'], ['such as 2+2x128x4', "'2+2'"]),
     (['--sizes=1+1x16x3'], ['n_embd=16 must be a multiple of n_head=3'])])

@@ -1,4 +1,5 @@
 """Several processes learn like one."""
+import json
 import os
 import subprocess
 import sys
@@ -37,3 +38,34 @@ def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
         one, two = ([pair for pair in records(tmp_path / name, key) if pair[0] != 35 or key == 'loss'] for name in ('one', 'two'))
         assert [it for it, _ in one] == [it for it, _ in two] and len(one) == (50 if key == 'loss' else 2)
         assert [x for _, x in two] == pytest.approx([x for _, x in one], abs=1e-5)
+
+
+def test_the_benchmark_in_two_processes_makes_the_same_update(tmp_path, monkeypatch):
+    """And its sides answer, one for all of their processes."""
+    import bench_training
+    c = dict(bench_training.defaults(), window=24, batch_size=4, device='cpu', steps=1, rounds=1, processes='2')
+    script = tmp_path / 'update.py'
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import torch
+import bench_training
+import training
+c = {c!r}
+training.join('cpu')
+torch.manual_seed(1)
+rows, inner = [], training.backpropagate
+training.backpropagate = lambda model, x, *rest, **how: (rows.append(len(x)), inner(model, x, *rest, **how))[1]
+model, _, update = bench_training.make('full', '1+1x16x2', 24, c)
+update(*bench_training.batch(24, c))
+print(rows + [p.detach().double().sum().item() for p in model.parameters()])
+""")
+    alone = [sys.executable, str(script)]
+    two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
+    a, b = (subprocess.run(command, capture_output=True, text=True, timeout=120).stdout for command in (alone, two))
+    (rows, *weights), (rows_alone, *weights_alone) = json.loads(b), json.loads(a)
+    assert (rows, rows_alone) == (2, 4) and weights == pytest.approx(weights_alone, abs=1e-5)
+    monkeypatch.setattr(bench_training, 'MODES', ('full', 'gpt'))
+    counted, speeds = bench_training.alternate('1+1x16x2', c)
+    assert list(counted) == ['full, 2 processes', 'gpt, 2 processes']
+    assert all(len(some) == 1 and some[0] > 0 for some in speeds.values())
