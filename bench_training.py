@@ -34,7 +34,7 @@ longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reac
 compile = 'auto'      # as in train.py
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0           # CPU threads; 0 leaves it to torch
-processes = '1'       # that share a batch, as under torchrun, one thread each where there are several: every side so, for the speed
+processes = '1'       # of every side, for the speed: '1,2' measures it in one, and in two that share the batch, one thread each
 results_dir = 'results'  # folder of training.json and training.png
 MODES = ('full', 'truncated', 'recomputed', 'gpt')
 

@@ -4,6 +4,7 @@ Side by side: train models on the same corpus, probe and sample each, and write 
     python compare.py config/compare_shakespeare.py             # an hour and a half on two CPU cores
     python compare.py config/compare_shakespeare.py --quick=True  # the same way with a few updates a run, to try it out
     python compare.py config/compare_shakespeare.py --only_report=True  # the report again, of the runs that are there
+    python compare.py config/compare_shakespeare.py --only="fold; GPT, window 12"  # these runs; the report keeps the others
 
 Runs are those of train.py, in folders of their own. Ctrl-C stops, and the same command goes on from there; a run that
 fails is reported and does not stop the others, and is tried again by the next call.
@@ -28,6 +29,7 @@ jobs = 2             # runs at a time
 threads = 1          # CPU threads of each
 seeds = ''           # in place of the file's, separated by commas
 quick = False        # a few updates a run and small probes, into folders of their own
+only = ''            # names of the runs to work on, separated by semicolons; '' is all
 only_report = False  # train nothing, report what is there
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
@@ -257,14 +259,20 @@ def main():
     out_dir = os.path.join(ROOT, out_dir or os.path.join('out', name))
     results_dir = os.path.join(ROOT, results_dir or os.path.join('out' if quick else 'results', name))
     found = plan(c, out_dir)
+    chosen = [name.strip() for name in only.split(';') if name.strip()]
+    names = list(dict.fromkeys(run.name for run in found))
+    for name in chosen:
+        if name not in names:
+            raise SystemExit(f"error: only={name!r} is none of the runs, which are {'; '.join(names)}")
+    wanted = [run for run in found if not chosen or run.name in chosen]
     if not only_report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            run_all(found, c)
+            run_all(wanted, c)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on from here") from None
-    failed = [run for run in found if run.error or not run.complete()]
-    if len(failed) == len(found):
+    failed = [run for run in wanted if run.error or not run.complete()]
+    if len(failed) == len(wanted):
         raise SystemExit(f"error: no run is complete in {out_dir}; a report that was there is kept")
     import torch
 
@@ -273,7 +281,7 @@ def main():
         torch.set_num_threads(threads)
     report.write_report(found, c, results_dir, device)
     print(f"written to {os.path.relpath(results_dir, ROOT)}{os.sep}: report.md, report.json and pictures"
-          f"{f'; {len(failed)} of {len(found)} runs are not complete' if failed else ''}")
+          f"{f'; {len(failed)} of {len(wanted)} runs are not complete' if failed else ''}")
     raise SystemExit(1 if failed else 0)
 
 

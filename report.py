@@ -15,10 +15,15 @@ import probe
 PROMPT, NEW, ROUNDS = 240, 96, 5  # of the speed of generation: tokens read before, tokens written, readings of the clock
 
 
-def gather(run):
-    """All that a complete run left behind, as a dictionary; what failed of another one."""
+def gather(run, before):
+    """All that a complete run left behind, as a dictionary; of one whose folder is gone, what the report before says of
+    the same settings (`before`: its runs), marked as kept; else what failed."""
+    what = {'name': run.name, 'seed': run.seed, 'ablation': run.ablation}
     if run.error or not run.complete():
-        return {'name': run.name, 'seed': run.seed, 'ablation': run.ablation, 'failed': run.error or 'not run to its end'}
+        same = [row for row in before if {**what, 'settings': run.settings}.items() <= row.items()]
+        if same and not run.error:
+            return {**same[0], 'kept': True}
+        return {**what, 'failed': run.error or 'not run to its end'}
     log, saved = run.log(), ckpt.load(os.path.join(run.folder, 'last.pt'))
     steps = [record for record in log if 'loss' in record]
     scored = {record['iter']: record for record in log if 'val_loss' in record}
@@ -27,7 +32,7 @@ def gather(run):
     training, update = (ckpt.load_result(os.path.join(run.folder, 'training.json')) if run.has('training.json') else {},
                         last['tokens'] // last['iter'])
     return {
-        'name': run.name, 'seed': run.seed, 'ablation': run.ablation, 'parameters': start['parameters'],
+        **what, 'parameters': start['parameters'],
         'tokens': last['tokens'], 'loss': last['val_loss'], 'error': last['val_error'],
         'curve': [[record['iter'] * update, record['val_loss']] for record in scored.values()],
         'training_curve': [[record['tokens'], record['loss']] for record in steps[::max(1, len(steps) // 50)]],
@@ -90,7 +95,7 @@ def summary(rows):
     losses = [row['loss'] for row in rows]
     return {'name': rows[0]['name'], 'seeds': len(rows), 'loss': statistics.mean(losses),
             'sd': statistics.stdev(losses) if len(losses) > 1 else None, 'error': statistics.mean(row['error'] for row in rows),
-            'parameters': rows[0]['parameters'], 'tokens': rows[0]['tokens'],
+            'parameters': rows[0]['parameters'], 'tokens': rows[0]['tokens'], 'kept': any('kept' in row for row in rows),
             'tokens_per_s': statistics.median(row['tokens_per_s'] for row in rows),
             'peak_mb': max((row['peak_mb'] for row in rows if row['peak_mb']), default=None),
             'curve': [[x[0][0], statistics.mean(y for _, y in x)] for x in zip(*(row['curve'] for row in rows))],
@@ -98,12 +103,16 @@ def summary(rows):
 
 
 def standing(a, b):
-    """Where model a stands against b, summaries with FLOPs: losses at equal tokens, equal FLOPs and equal time.
+    """Where model a stands against b, summaries with FLOPs: losses at equal tokens, equal FLOPs and equal time, which is not
+    told of models that were timed in different sessions.
 
     The one that has more to spend is read from its curve on the way, where its learning rate has not come down yet.
     """
     result = {}
-    for what, cost in (('tokens', lambda m: 1), ('FLOPs', lambda m: m['flops_per_token']), ('time', lambda m: 1 / m['tokens_per_s'])):
+    costs = {'tokens': lambda m: 1, 'FLOPs': lambda m: m['flops_per_token'], 'time': lambda m: 1 / m['tokens_per_s']}
+    for what, cost in costs.items():
+        if what == 'time' and (a['kept'] or b['kept']):
+            continue
         spent = min(a['tokens'] * cost(a), b['tokens'] * cost(b))
         result[what] = {m['name']: at(m['curve'], min(m['tokens'], round(spent / cost(m)))) for m in (a, b)}
     return result
@@ -183,7 +192,8 @@ def loss_picture(path, names):
     for m in names:
         tokens, losses = zip(*m['curve'])
         axes[0].plot([t / 1e6 for t in tokens], losses, 'o-', ms=3, label=m['name'])
-        axes[1].plot([t / m['tokens_per_s'] / 60 for t in tokens], losses, 'o-', ms=3, label=m['name'])
+        if not m['kept']:  # timed in another session
+            axes[1].plot([t / m['tokens_per_s'] / 60 for t in tokens], losses, 'o-', ms=3, color=axes[0].lines[-1].get_color())
     axes[0].set(xlabel='million tokens', ylabel='validation loss, nats per token')
     axes[1].set(xlabel='minutes of training')
     for ax in axes:
@@ -213,16 +223,22 @@ def sentences(result, c):
 
 def write_report(runs, c, folder, device):
     """Write report.json, report.md, loss.png and context.png from what the runs left in their folders."""
-    gathered = [gather(run) for run in runs]
+    path = os.path.join(folder, 'report.json')
+    before = ckpt.load_result(path) if os.path.exists(path) else {'runs': [], 'models': [], 'ablations': []}
+    gathered = [gather(run, before['runs']) for run in runs]
     rows, by_run = [r for r in gathered if 'failed' not in r], {(run.name, run.seed, run.ablation): run for run in runs}
-    groups = {}
+    groups, models = {}, {}
     for row in rows:
-        groups.setdefault((row['ablation'], row['name']), []).append(row)
-    models = {key: load(by_run[key[1], some[0]['seed'], key[0]]) for key, some in groups.items()}
-    flops = {key: flops_per_token(model) for key, model in models.items()}
-    sizes = {key: sum(value.nbytes for value in vars(model.new_state()).values()) for key, model in models.items()}
+        key = row['ablation'], row['name']
+        groups.setdefault(key, []).append(row)
+        if 'kept' not in row and key not in models:
+            models[key] = load(by_run[row['name'], row['seed'], row['ablation']])
     speed = generation_speed(models, ckpt.pick_device(device))
-    names = {key: {**summary(some), 'flops_per_token': flops[key], 'state_bytes': sizes[key], 'generated_per_s': speed[key]}
+    known = {(ablation, m['name']): m for ablation, of in ((False, 'models'), (True, 'ablations')) for m in before[of]}
+    known.update({key: {'flops_per_token': flops_per_token(model), 'generated_per_s': speed[key],
+                        'state_bytes': sum(value.nbytes for value in vars(model.new_state()).values())}
+                  for key, model in models.items()})
+    names = {key: {**summary(some), **{what: known[key][what] for what in ('flops_per_token', 'state_bytes', 'generated_per_s')}}
              for key, some in groups.items()}
     main, short = ([m for (ablation, _), m in names.items() if ablation is kind] for kind in (False, True))
     result = {'models': main, 'ablations': short, 'runs': gathered, 'provenance': ckpt.provenance()}
@@ -232,7 +248,7 @@ def write_report(runs, c, folder, device):
         result['same_window'] = gap(first, others['same_window'])
     if first and others['full_window']:
         result['full_window'] = standing(first, others['full_window'])
-    ckpt.save_result(os.path.join(folder, 'report.json'), result)
+    ckpt.save_result(path, result)
     text = markdown(result, c, [r for r in rows if not r['ablation']], [r for r in rows if r['ablation']], gathered)
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
         f.write(text)
@@ -250,8 +266,12 @@ def markdown(result, c, rows, short, gathered):
     failed = [r for r in gathered if 'failed' in r]
     if failed:
         parts += ['## Failed', table(['run', 'seed', 'why'], [[r['name'], r['seed'], r['failed']] for r in failed])]
+    kept = [f"{r['name']}, {r['seed']} (commit {r['provenance']['commit']}, {r['provenance']['hardware']})" for r in gathered if 'kept' in r]
     if rows:
-        parts += ['## Results', main_table(result['models']), '\n'.join(sentences(result, c)), '![loss](loss.png)',
+        parts += ['## Results', main_table(result['models'])]
+        if kept:
+            parts += ["Kept from the report before, as their folders are gone, with the speeds of that time: " + '; '.join(kept) + '.']
+        parts += ['\n'.join(sentences(result, c)), '![loss](loss.png)',
                   'Training tokens/s: the median over the log lines, with other runs beside it. Peak MB: the whole process, '
                   'evaluation included. FLOPs: matrix products of forward and backward, counted by torch.',
                   '## Loss against history', 'Tokens of history before a segment of 12, the same targets in every column.',

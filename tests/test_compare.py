@@ -1,6 +1,7 @@
 """The comparison from start to report, on runs of seconds; what is equal in it; and what the report works out."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,30 @@ def test_what_is_there_is_not_done_again(compared):
     assert {path: path.stat().st_mtime_ns for path in runs.glob('*/*.pt')} == before
 
 
+def test_a_report_keeps_runs_whose_folders_are_gone(compared, tmp_path):
+    """With the same settings, and as what they are: no time is compared with theirs. Only what is asked for is run."""
+    runs, results, command = compared
+    some = shutil.copytree(runs, tmp_path / 'runs', ignore=shutil.ignore_patterns('fold_*', 'ablation_as_it_is_1', 'GPT_window_12_2'))
+    shutil.copytree(results, tmp_path / 'results')
+    command = [*command[:3], f'--out_dir={some}', f"--results_dir={tmp_path / 'results'}", *command[5:]]
+    done = subprocess.run([*command, '--only=GPT, window 12; carry dropped'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (some / 'GPT_window_12_2').exists() and not (some / 'fold_1').exists()
+    old, new = ({(row['name'], row['seed'], row['ablation']): row for row in rows_of(folder)} for folder in (results, tmp_path / 'results'))
+    kept = {key for key, row in new.items() if 'kept' in row}
+    assert kept == {('fold', 1, False), ('fold', 2, False), ('as it is', 1, True)} and len(new) == 9
+    assert all({**old[key], 'kept': True} == new[key] for key in kept)
+    report_of = [json.loads((folder / 'report.json').read_text()) for folder in (results, tmp_path / 'results')]
+    assert [sorted(r['full_window']) for r in report_of] == [['FLOPs', 'time', 'tokens'], ['FLOPs', 'tokens']]
+    costs = [[[m[key] for key in ('flops_per_token', 'state_bytes')] for m in r['models'] + r['ablations']] for r in report_of]
+    assert costs[0] == costs[1] and len(costs[0]) == 6
+    assert 'Kept from the report before' in (tmp_path / 'results' / 'report.md').read_text()
+    changed = tmp_path / 'changed.py'
+    changed.write_text(FILE.replace("'fold': dict()", "'fold': dict(learning_rate=2e-3)"))
+    done = subprocess.run([*command[:2], str(changed), *command[3:], '--only_report=True'], capture_output=True, text=True)
+    assert done.returncode == 1 and {row['name'] for row in rows_of(tmp_path / 'results') if 'failed' in row} == {'fold'}
+
+
 def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp_path):
     runs, _, command = compared
     (tmp_path / 'small.py').write_text(FILE.replace("'GPT, window 24': dict(model_type='gpt')",
@@ -105,6 +130,12 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp
     assert done.returncode == 1 and '2 of 9 runs are not complete' in done.stdout
     assert {row['name'] for row in failed} == {'GPT, window 24'} and 'another n_head, 2 in place of 3' in failed[0]['failed']
     assert 'another n_head' in (tmp_path / 'results' / 'report.md').read_text()
+
+
+def test_only_names_runs(run, tmp_path):
+    (tmp_path / 'small.py').write_text(FILE)
+    refused = run('compare.py', tmp_path / 'small.py', f'--out_dir={tmp_path}', '--only=GPT, window 13')
+    assert refused.code == 1 and "only='GPT, window 13' is none of the runs, which are fold; GPT, window 12;" in refused.err
 
 
 @pytest.mark.parametrize('change, words', [
@@ -132,10 +163,12 @@ def test_a_comparison_must_be_named(run):
 def test_the_arithmetic_of_the_report():
     curve = [[10, 3.0], [20, 2.0], [40, 1.0]]
     assert [report.at(curve, x) for x in (5, 10, 15, 30, 40, 50)] == [None, 3.0, 2.5, 1.5, 1.0, 1.0]
-    fold = dict(name='fold', tokens=40, flops_per_token=2, tokens_per_s=1, curve=curve, loss=1.0, sd=0.1)
-    gpt = dict(name='GPT', tokens=40, flops_per_token=4, tokens_per_s=2, curve=[[10, 2.0], [20, 1.5], [40, 1.2]], loss=1.2, sd=0.02)
+    fold = dict(name='fold', tokens=40, flops_per_token=2, tokens_per_s=1, curve=curve, loss=1.0, sd=0.1, kept=False)
+    gpt = dict(name='GPT', tokens=40, flops_per_token=4, tokens_per_s=2, curve=[[10, 2.0], [20, 1.5], [40, 1.2]], loss=1.2, sd=0.02,
+               kept=False)
     assert report.standing(fold, gpt) == {'tokens': {'fold': 1.0, 'GPT': 1.2}, 'FLOPs': {'fold': 1.0, 'GPT': 1.5},
                                           'time': {'fold': 2.0, 'GPT': 1.2}}
+    assert list(report.standing(fold, {**gpt, 'kept': True})) == ['tokens', 'FLOPs']
     assert report.gap(fold, gpt) == {'below': pytest.approx(0.2), 'sd': 0.1, 'in_sd': pytest.approx(2.0)}
 
 
