@@ -7,13 +7,14 @@ Measure training: tokens per second, efficiency, and memory as a function of the
 """
 import json
 import os
+import select
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 
 from configurator import configure, numbers
 
@@ -33,8 +34,8 @@ budget_gb = 2.0       # of the longest sequence: the whole process on a CPU, the
 longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reaches it could do more
 compile = 'auto'      # as in train.py
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
-threads = 0           # CPU threads; 0 leaves it to torch
-processes = '1'       # of every side, for the speed: '1,2' measures it in one, and in two that share the batch, one thread each
+threads = 0           # CPU threads of each process; 0 leaves it to torch
+processes = 'auto'    # of every side, for the speed: '1,2' is in one, and in two that share the batch; 'auto' is that on a CPU, else '1'
 results_dir = 'results'  # folder of training.json and training.png
 MODES = ('full', 'truncated', 'recomputed', 'gpt')
 
@@ -99,8 +100,9 @@ def wait(device):
 
 
 def speed_side(mode, size, c):
-    """One process of a side of measure_speed: the side's FLOPs per token and parameters, then, for every line that comes
-    in, `steps` updates and the side's tokens per second. Each is a line of JSON on standard output, of the first process."""
+    """One process of a side of measure_speed: the side's FLOPs per token, its parameters and the threads of a process, then,
+    for every line that comes in, `steps` updates and the side's tokens per second. Each is a line of JSON on standard
+    output, of the first process."""
     import torch
     import training
     from flops import flops_per_token
@@ -111,7 +113,7 @@ def speed_side(mode, size, c):
     torch.manual_seed(1337)
     model, _, update = make(mode, size, c['window'], c)
     x, y = batch(c['window'], c)
-    print(json.dumps([float(flops_per_token(model, c['window'])), model.num_params()]), flush=True)
+    print(json.dumps([float(flops_per_token(model, c['window'])), model.num_params(), torch.get_num_threads()]), flush=True)
     for _ in sys.stdin:
         before = time.perf_counter()
         for _ in range(c['steps']):
@@ -131,38 +133,43 @@ def measure_speed(size, c):
     counted, rows = starts[0][0], {}
     pooled = {name: [speed for _, speeds in starts for speed in speeds[name]] for name in counted}
     best = max((name for name in counted if name.split(',')[0] == 'gpt'), key=lambda name: statistics.median(pooled[name]))
-    for name, (flops, parameters) in counted.items():
+    for name, (flops, parameters, threads) in counted.items():
         ratios = [[a / b for a, b in zip(speeds[name], speeds[best])] for _, speeds in starts]
         ratio, more = statistics.median(sum(ratios, [])), flops / counted[best][0]
         rows[name] = {'tokens_per_s': statistics.median(pooled[name]), 'all': pooled[name], 'ratio': ratio,
-                      'flops_per_token': flops, 'parameters': parameters, 'efficiency': ratio * more,
+                      'flops_per_token': flops, 'parameters': parameters, 'threads': threads, 'efficiency': ratio * more,
                       'by_start': [statistics.median(some) * more for some in ratios]}
     return rows
 
 
 def alternate(size, c):
-    """{side: (FLOPs per token, parameters)} and {side: its tokens per second in each of c['rounds'] rounds}.
+    """{side: [FLOPs per token, parameters, threads]} and {side: its tokens per second in each of c['rounds'] rounds}.
 
     Each side has processes of its own, as in training, so that none finds its memory in pieces that another left.
+    Raises SystemExit if one of them ends before its time.
     """
-    sides = {}
+    kinds = [(mode, n) for n in numbers('processes', c['processes']) for mode in MODES]
+    names = [mode + f', {n} processes' * (n > 1) for mode, n in kinds]
+    sides = {name: [] for name in names}
 
     def answer(name):
-        line = sides[name][0].stdout.readline()
-        if not line:
-            raise SystemExit(f"error: the process of {name} at {size} ended with code {sides[name][0].wait()}")
-        return json.loads(line)
+        while True:
+            for rank, process in enumerate(sides[name]):  # the first would wait for one that has ended
+                if process.poll() is not None:
+                    raise SystemExit(f"error: process {rank} of {name} at {size} ended with code {process.returncode}")
+            if select.select([sides[name][0].stdout], [], [], 1)[0]:
+                line = sides[name][0].stdout.readline()
+                if line[:1].isdigit() or line[:1] == b'[':  # and not a remark, such as compile_model's
+                    return json.loads(line)
 
     def ask(name):
         for process in sides[name]:
-            process.stdin.write('\n')
-            process.stdin.flush()
+            with suppress(OSError):  # it has ended: answer tells
+                process.stdin.write(b'\n')
         return answer(name)
     try:
-        for n in numbers('processes', c['processes']):
-            for mode in MODES:
-                sides[mode + f', {n} processes' * (n > 1)] = launch(mode, size, n, c)
-        names = list(sides)
+        for name, (mode, n), port in zip(names, kinds, free_ports(len(kinds))):
+            launch(sides[name], mode, size, n, port, c)
         counted, speeds = {name: answer(name) for name in names}, {name: [] for name in names}
         for r in range(c['rounds'] + 1):  # the first one warms up
             for name in names if r % 2 else names[::-1]:
@@ -174,17 +181,22 @@ def alternate(size, c):
     return counted, {name: speeds[name][1:] for name in names}
 
 
-def launch(mode, size, n, c):
-    """The n processes of a side, that meet as those of torchrun do."""
+def launch(side, mode, size, n, port, c):
+    """Add to a side its n processes, which meet as those of torchrun do."""
     command = [sys.executable, os.path.abspath(__file__), 'speed', json.dumps([mode, size, c])]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if n == 1:
-        return [subprocess.Popen(command, **pipes)]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        shared = {'OMP_NUM_THREADS': '1', **os.environ, 'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1',
-                  'MASTER_PORT': str(free.getsockname()[1])}
-    return [subprocess.Popen(command, env={**shared, 'RANK': str(r), 'LOCAL_RANK': str(r)}, **pipes) for r in range(n)]
+    shared = {'OMP_NUM_THREADS': '1', **os.environ, 'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    for rank in range(n):
+        own = {**shared, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} if n > 1 else None
+        side.append(subprocess.Popen(command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+
+
+def free_ports(n):
+    """n ports of this machine that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(('127.0.0.1', 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def peak_mb(device):
@@ -330,6 +342,7 @@ def defaults():
 
 def check(c):
     """Refuse what would fail later. Raises SystemExit."""
+    import torch
     from checkpoint import make_model
     from training import COMPILE
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
@@ -343,6 +356,8 @@ def check(c):
     for n in numbers('processes', c['processes'], least=1):
         if c['batch_size'] % n:
             raise SystemExit(f"error: {n} processes cannot share batch_size={c['batch_size']} sequences equally")
+        if n > 1 and c['device'] != 'cpu' and n > torch.cuda.device_count():
+            raise SystemExit(f"error: {n} processes find no device each on {c['device']!r}: take --processes=1 or --device=cpu")
     for size in c['sizes'].split(','):
         make_model('fold', model_settings(size, c['window'], c))
     numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
@@ -352,10 +367,12 @@ def measure(c):
     """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
     import torch
     from checkpoint import ROOT, load_result, pick_device, portable, provenance, save_result
+    c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
+    if c['processes'] == 'auto':
+        c['processes'] = '1,2' if c['device'] == 'cpu' and (os.cpu_count() or 1) > 1 and c['batch_size'] % 2 == 0 else '1'
     check(c)
     if c['threads']:
         torch.set_num_threads(c['threads'])  # for the record: what is measured runs in other processes
-    c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
     path = os.path.join(ROOT, c['results_dir'], 'training.json')
     results = load_result(path) if os.path.exists(path) else {}  # parts and sizes not measured now stay as they were
     made, how = results.setdefault('made', {}), {'settings': portable(c), 'provenance': provenance(c['device'])}

@@ -70,6 +70,15 @@ class Run:
     def has(self, name):
         return os.path.exists(os.path.join(self.folder, name))
 
+    def another(self):
+        """What its folder holds in place of it: a run with another setting; '' if there is none."""
+        started = [record['config'] for record in self.log() if record.get('event') == 'start']
+        for key, value in self.settings.items() if started and self.has('last.pt') else ():
+            if key != 'dataset' and started[-1].get(key, value) != value:
+                return (f"{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, {started[-1][key]!r} in place of "
+                        f"{value!r}: delete it, or take another out_dir")
+        return ''
+
     def complete(self):
         return self.trained() and self.has('last.pt') and self.has('probe.json') and (self.has('samples.json') or not self.sampled)
 
@@ -159,12 +168,8 @@ def flags(settings):
 
 def train(run):
     """Bring a run's training to its end, from wherever it stands."""
-    started = [record['config'] for record in run.log() if record.get('event') == 'start']
-    other = [key for key, value in run.settings.items() if started and started[-1].get(key, value) != value
-             and key != 'dataset' and run.has('last.pt')]
-    if other:
-        raise RuntimeError(f"{os.path.relpath(run.folder, ROOT)} holds a run with another {other[0]}, {started[-1][other[0]]!r} in "
-                           f"place of {run.settings[other[0]]!r}: delete it, or take another out_dir")
+    if run.another():
+        raise RuntimeError(run.another())
     if run.trained() and run.has('last.pt'):
         return
     how = '--init_from=resume' if run.has('last.pt') else '--overwrite=True'
@@ -261,9 +266,9 @@ def main():
     found = plan(c, out_dir)
     chosen = [name.strip() for name in only.split(';') if name.strip()]
     names = list(dict.fromkeys(run.name for run in found))
-    for name in chosen:
-        if name not in names:
-            raise SystemExit(f"error: only={name!r} is none of the runs, which are {'; '.join(names)}")
+    unknown = set(chosen or [only] * bool(only)) - set(names)
+    if unknown:
+        raise SystemExit(f"error: only={sorted(unknown)[0]!r} is none of the runs, which are {'; '.join(names)}")
     wanted = [run for run in found if not chosen or run.name in chosen]
     if not only_report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -271,15 +276,16 @@ def main():
             run_all(wanted, c)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on from here") from None
-    failed = [run for run in wanted if run.error or not run.complete()]
-    if len(failed) == len(wanted):
-        raise SystemExit(f"error: no run is complete in {out_dir}; a report that was there is kept")
+    if all(run.error or not run.complete() for run in wanted):
+        raise SystemExit(f"error: {'none of the runs asked for' if chosen else 'no run'} is complete in {out_dir}; a report that "
+                         f"was there is kept")
     import torch
 
     import report
     if threads:  # speeds of generation as those of training, and no waiting for a core that is busy
         torch.set_num_threads(threads)
-    report.write_report(found, c, results_dir, device)
+    rows = report.write_report(found, c, results_dir, device)
+    failed = [run for run, row in zip(found, rows) if 'failed' in row and run in wanted]
     print(f"written to {os.path.relpath(results_dir, ROOT)}{os.sep}: report.md, report.json and pictures"
           f"{f'; {len(failed)} of {len(wanted)} runs are not complete' if failed else ''}")
     raise SystemExit(1 if failed else 0)

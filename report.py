@@ -16,14 +16,14 @@ PROMPT, NEW, ROUNDS = 240, 96, 5  # of the speed of generation: tokens read befo
 
 
 def gather(run, before):
-    """All that a complete run left behind, as a dictionary; of one whose folder is gone, what the report before says of
-    the same settings (`before`: its runs), marked as kept; else what failed."""
-    what = {'name': run.name, 'seed': run.seed, 'ablation': run.ablation}
-    if run.error or not run.complete():
+    """All that a complete run left behind, as a dictionary; of one that is not complete (its folder may be gone), what the
+    report before says of the same settings (`before`: its runs), marked as kept; else what failed."""
+    what, wrong = {'name': run.name, 'seed': run.seed, 'ablation': run.ablation}, run.error or run.another()
+    if wrong or not run.complete():
         same = [row for row in before if {**what, 'settings': run.settings}.items() <= row.items()]
-        if same and not run.error:
+        if same and not wrong:
             return {**same[0], 'kept': True}
-        return {**what, 'failed': run.error or 'not run to its end'}
+        return {**what, 'failed': wrong or 'not run to its end'}
     log, saved = run.log(), ckpt.load(os.path.join(run.folder, 'last.pt'))
     steps = [record for record in log if 'loss' in record]
     scored = {record['iter']: record for record in log if 'val_loss' in record}
@@ -103,8 +103,8 @@ def summary(rows):
 
 
 def standing(a, b):
-    """Where model a stands against b, summaries with FLOPs: losses at equal tokens, equal FLOPs and equal time, which is not
-    told of models that were timed in different sessions.
+    """Where model a stands against b, summaries with FLOPs: losses at equal tokens, equal FLOPs and, unless one is kept from
+    an earlier report, equal time.
 
     The one that has more to spend is read from its curve on the way, where its learning rate has not come down yet.
     """
@@ -138,7 +138,7 @@ def number(value, form):
 def main_table(names):
     return table(['model', 'parameters', 'training tokens', 'validation loss', 'training tokens/s', 'FLOPs/token', 'peak MB',
                   'state bytes', 'generated tokens/s'],
-                 [[m['name'], f"{m['parameters']:,}", f"{m['tokens']:,}", f"{m['loss']:.4f}" + (f" ± {m['sd']:.4f}" if m['sd'] else ''),
+                 [[m['name'] + ' (kept)' * m['kept'], f"{m['parameters']:,}", f"{m['tokens']:,}", f"{m['loss']:.4f}" + (f" ± {m['sd']:.4f}" if m['sd'] else ''),
                    f"{m['tokens_per_s']:,.0f}", f"{m['flops_per_token']:,.0f}", number(m['peak_mb'], '.0f'), f"{m['state_bytes']:,}",
                    f"{m['generated_per_s']:,.0f}"] for m in names])
 
@@ -222,7 +222,9 @@ def sentences(result, c):
 
 
 def write_report(runs, c, folder, device):
-    """Write report.json, report.md, loss.png and context.png from what the runs left in their folders."""
+    """Write report.json, report.md, loss.png and context.png from what the runs left in their folders.
+
+    Returns what gather says of each."""
     path = os.path.join(folder, 'report.json')
     before = ckpt.load_result(path) if os.path.exists(path) else {'runs': [], 'models': [], 'ablations': []}
     gathered = [gather(run, before['runs']) for run in runs]
@@ -256,6 +258,7 @@ def write_report(runs, c, folder, device):
         loss_picture(os.path.join(folder, 'loss.png'), main)
         one_seed = {some[0]['name']: some[0]['probe'] for (ablation, _), some in groups.items() if not ablation}
         probe.picture(one_seed, os.path.join(folder, 'context.png'))
+    return gathered
 
 
 def markdown(result, c, rows, short, gathered):
@@ -267,12 +270,11 @@ def markdown(result, c, rows, short, gathered):
     if failed:
         parts += ['## Failed', table(['run', 'seed', 'why'], [[r['name'], r['seed'], r['failed']] for r in failed])]
     kept = [f"{r['name']}, {r['seed']} (commit {r['provenance']['commit']}, {r['provenance']['hardware']})" for r in gathered if 'kept' in r]
+    if kept:
+        parts += ["Kept from an earlier report, with the speeds of that time: " + '; '.join(kept) + '.']
     if rows:
-        parts += ['## Results', main_table(result['models'])]
-        if kept:
-            parts += ["Kept from the report before, as their folders are gone, with the speeds of that time: " + '; '.join(kept) + '.']
-        parts += ['\n'.join(sentences(result, c)), '![loss](loss.png)',
-                  'Training tokens/s: the median over the log lines, with other runs beside it. Peak MB: the whole process, '
+        parts += ['## Results', main_table(result['models']), '\n'.join(sentences(result, c)), '![loss](loss.png)',
+                  'Training tokens/s: the median over the log lines, with whatever ran beside it. Peak MB: the whole process, '
                   'evaluation included. FLOPs: matrix products of forward and backward, counted by torch.',
                   '## Loss against history', 'Tokens of history before a segment of 12, the same targets in every column.',
                   context_table(rows, loss_cell), '![context](context.png)',

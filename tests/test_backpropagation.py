@@ -136,7 +136,7 @@ def test_speed_is_taken_over_all_starts_and_against_the_fastest_gpt(monkeypatch)
     """A fold with 2 FLOPs where the GPT has 1, two rounds after each of two starts: ratios 0.5, 0.7 and 0.1, 0.2."""
     import bench_training
     names = [mode + more for more in ('', ', 2 processes') for mode in bench_training.MODES]
-    counted = {name: (1.0 if name.startswith('gpt') else 2.0, 7) for name in names}
+    counted = {name: (1.0 if name.startswith('gpt') else 2.0, 7, 1) for name in names}
     starts = iter([([5.0, 7.0], [10.0, 10.0]), ([2.0, 8.0], [20.0, 40.0])])
 
     def alternate(size, c):

@@ -113,11 +113,18 @@ def test_a_report_keeps_runs_whose_folders_are_gone(compared, tmp_path):
     assert [sorted(r['full_window']) for r in report_of] == [['FLOPs', 'time', 'tokens'], ['FLOPs', 'tokens']]
     costs = [[[m[key] for key in ('flops_per_token', 'state_bytes')] for m in r['models'] + r['ablations']] for r in report_of]
     assert costs[0] == costs[1] and len(costs[0]) == 6
-    assert 'Kept from the report before' in (tmp_path / 'results' / 'report.md').read_text()
-    changed = tmp_path / 'changed.py'
-    changed.write_text(FILE.replace("'fold': dict()", "'fold': dict(learning_rate=2e-3)"))
-    done = subprocess.run([*command[:2], str(changed), *command[3:], '--only_report=True'], capture_output=True, text=True)
-    assert done.returncode == 1 and {row['name'] for row in rows_of(tmp_path / 'results') if 'failed' in row} == {'fold'}
+    assert 'Kept from an earlier report' in (tmp_path / 'results' / 'report.md').read_text()
+
+    def said(name, text=FILE):
+        (tmp_path / 'small.py').write_text(text)
+        found = compare.plan(compare.read_comparison(str(tmp_path / 'small.py')), str(some))
+        return report.gather(next(run for run in found if run.name == name), list(new.values()))
+    assert 'kept' in said('fold')
+    assert said('fold', FILE.replace("'fold': dict()", "'fold': dict(dropout=0.1)"))['failed'] == 'not run to its end'
+    stale = said('GPT, window 24', FILE.replace("(model_type='gpt')", "(model_type='gpt', dropout=0.1)"))
+    assert 'another dropout, 0.0 in place of 0.1' in stale['failed']
+    done = subprocess.run([*command, '--only_report=True', '--only=fold'], capture_output=True, text=True)
+    assert done.returncode == 1 and 'none of the runs asked for is complete' in done.stderr
 
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp_path):
@@ -134,8 +141,9 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(compared, data_dir, tmp
 
 def test_only_names_runs(run, tmp_path):
     (tmp_path / 'small.py').write_text(FILE)
-    refused = run('compare.py', tmp_path / 'small.py', f'--out_dir={tmp_path}', '--only=GPT, window 13')
-    assert refused.code == 1 and "only='GPT, window 13' is none of the runs, which are fold; GPT, window 12;" in refused.err
+    for only in ('GPT, window 13', ';'):
+        refused = run('compare.py', tmp_path / 'small.py', f'--out_dir={tmp_path}', f'--only={only}')
+        assert refused.code == 1 and f"only={only!r} is none of the runs, which are fold; GPT, window 12;" in refused.err
 
 
 @pytest.mark.parametrize('change, words', [

@@ -62,10 +62,24 @@ print(rows + [p.detach().double().sum().item() for p in model.parameters()])
 """)
     alone = [sys.executable, str(script)]
     two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
-    a, b = (subprocess.run(command, capture_output=True, text=True, timeout=120).stdout for command in (alone, two))
-    (rows, *weights), (rows_alone, *weights_alone) = json.loads(b), json.loads(a)
+    a, b = (subprocess.run(command, capture_output=True, text=True, timeout=120) for command in (alone, two))
+    assert not a.returncode and not b.returncode, a.stderr + b.stderr
+    (rows, *weights), (rows_alone, *weights_alone) = json.loads(b.stdout), json.loads(a.stdout)
     assert (rows, rows_alone) == (2, 4) and weights == pytest.approx(weights_alone, abs=1e-5)
     monkeypatch.setattr(bench_training, 'MODES', ('full', 'gpt'))
     counted, speeds = bench_training.alternate('1+1x16x2', c)
     assert list(counted) == ['full, 2 processes', 'gpt, 2 processes']
-    assert all(len(some) == 1 and some[0] > 0 for some in speeds.values())
+    assert all(len(some) == 1 and some[0] > 0 for some in speeds.values()) and {row[2] for row in counted.values()} == {1}
+
+
+def test_the_benchmark_ends_when_one_of_its_processes_does(monkeypatch):
+    import bench_training
+
+    def launch(side, *how):
+        for command in ('input()', 'exit(3)'):  # the first waits for the second
+            side.append(subprocess.Popen([sys.executable, '-c', command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+    monkeypatch.setattr(bench_training, 'launch', launch)
+    with pytest.raises(SystemExit, match="2 processes find no device each on 'mps'"):
+        bench_training.check({**bench_training.defaults(), 'processes': '1,2', 'device': 'mps'})
+    with pytest.raises(SystemExit, match='process 1 of full, 2 processes at 1x1x8 ended with code 3'):
+        bench_training.alternate('1x1x8', dict(processes='2', rounds=1))

@@ -139,14 +139,16 @@ def test_training_speed():
             assert mode == 'gpt' or mode == 'recomputed' or two['efficiency'] >= 0.95
             assert size['gpt, 2 processes']['tokens_per_s'] > size['gpt']['tokens_per_s'], "the best of the GPT is another"
         assert says(name, *cells)
-    gains = [f"{size[mode + ', 2 processes']['tokens_per_s'] / size[mode]['tokens_per_s'] - 1:.0%}".replace('%', ' %')
-             for size in sizes for mode in ('full', 'gpt')]
-    assert says("train the fold by {} and the GPT by {} faster than two threads do (6 + 6 layers: {} and {})".format(*gains))
-    both = [f"{statistics.median(a / b for a, b in zip(size[mode]['all'], size['gpt']['all'])) * size[mode]['flops_per_token'] / size['gpt']['flops_per_token']:.3f}"
-            for size in sizes for mode in ('full', 'truncated')]
-    assert says("2 + 2 layers have {} in full and {} truncated, 6 + 6 layers {} and {}.".format(*both))
-    ends = [f'{end(sizes[0][name]["by_start"]):.3f}' for name in ('full, 2 processes', 'full') for end in (min, max)]
-    assert says("lies between {} and {} in two processes; that of two threads against the same GPT between {} and {}.".format(*ends))
+    def ratio(size, a, b):
+        return statistics.median(x / y for x, y in zip(size[a]['all'], size[b]['all']))
+    more = [size['full']['flops_per_token'] / size['gpt']['flops_per_token'] for size in sizes]
+    assert says("the fold has {:.3f} and {:.3f} times the GPT's".format(*more))
+    gains = [f"{ratio(size, mode + ', 2 processes', mode) - 1:.0%}".replace('%', ' %') for size in sizes for mode in ('full', 'gpt')]
+    assert says("train the fold by {} and the GPT by {} faster (6 + 6 layers: {} and {};".format(*gains))
+    threads = [f"{ratio(size, mode, 'gpt') * f:.3f}" for size, f in zip(sizes, more) for mode in ('full', 'truncated')]
+    assert says("2 + 2 layers has {} in full and {} truncated, that of 6 + 6 layers {} and {}.".format(*threads))
+    ends = [f"{end(sizes[0][mode + ', 2 processes']['by_start']):.3f}" for mode in ('full', 'truncated') for end in (min, max)]
+    assert says("lies between {} and {} in full, between {} and {} truncated.".format(*ends))
 
 
 def test_what_paid_in_training():
