@@ -1,6 +1,6 @@
 # A fold trained for an hour and a half on one core, and its controls: python compare.py config/compare_python_longest.py
 # As config/compare_python_long.py with twice the tokens and half as many of them an update, which config/compare_python_reach.py
-# found to lower the loss most, and with twice as much probed; three hours on one CPU core (--jobs=1).
+# found to lower the loss most, and with twice as much probed; three to four hours on one CPU core (--jobs=1).
 import os
 import runpy
 

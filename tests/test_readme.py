@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 
+import report
 from conftest import ROOT
 
 WORDS = ' '.join(open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read().split())
@@ -230,14 +231,28 @@ def test_text_beside_its_controls_in_words():
 
 
 def test_the_longest_run():
-    run = next(run for run in result('compare_python_longest/report.json')['runs'] if run['name'] == 'fold')
-    table = {row['history']: row for row in run['probe']['context_curve']}
-    shown = (0, 12, 24, 48, 96, 144, 168, 192, 240, 360)
+    r = result('compare_python_longest/report.json')
+    runs, models = ({run['name']: run for run in r[key] if 'failed' not in run} for key in ('runs', 'models'))
+    fold, same, full = (runs[name] for name in ('fold', 'GPT, window 12', 'GPT, window 384'))
+    table, far = ({row['history']: row for row in run['probe']['context_curve']} for run in (fold, full))
+    shown = (0, 12, 24, 48, 96, 144, 168, 192, 240, 300, 360)
     assert says('Python, 18,432,000 characters', 'validation loss', *map(str, shown), 'preserved context')
-    assert says('fold', f"{run['loss']:.4f}", *(f"{table[c]['loss']['mean']:.4f}" for c in shown), str(run['probe']['preserved_context']))
+    for run in runs.values():
+        losses = {row['history']: f"{row['loss']['mean']:.4f}" for row in run['probe']['context_curve']}
+        assert says(run['name'], f"{run['loss']:.4f}", *(losses[c] for c in shown), str(run['probe']['preserved_context']))
+    assert says(f"The fold's preserved context is {fold['probe']['preserved_context']} characters.")
     gains = {c: "{mean:.5f} ({low:.5f} to {high:.5f})".format(**table[c]['gain']) for c in (144, 168, 192)}
     assert says("What is older than 96 is worth {mean:.5f} nats (interval {low:.5f} to {high:.5f}), than 144 ".format(**table[96]['gain'])
                 + f"{gains[144]}, than 168 {gains[168]}, than 192 {gains[192]}.")
-    near, far = ((row['words'], *(f"{-row['difference'][key]:.{digits}f}" for key in ('mean', 'high', 'low'))) for digits, row in
+    near, old = ((row['words'], *(f"{-row['difference'][key]:.{digits}f}" for key in ('mean', 'high', 'low'))) for digits, row in
                  zip((4, 5), result('probe/python_longest_words.json')['co_occurrence']))
-    assert says("{1} nats (interval {2} to {3}, {0:,} words), and at 150 to 335, ".format(*near) + "{1} nats ({2} to {3}, {0:,} words)".format(*far))
+    assert says("{1} nats (interval {2} to {3}, {0:,} words), and at 150 to 335, ".format(*near) + "{1} nats ({2} to {3}, {0:,} words)".format(*old))
+    flops = report.standing(models['fold'], models['GPT, window 12'])['FLOPs']
+    assert says(f"the fold is {same['loss'] - fold['loss']:.4f} ahead at equal tokens and, read on its way, "
+                f"{flops['GPT, window 12'] - flops['fold']:.4f} at equal FLOPs.")
+    halfway = [dict(map(tuple, run['curve']))[9_216_000] for run in (full, fold)]
+    assert says("(at 9,216,000 characters {:.4f} against {:.4f}) and ends ".format(*halfway) + f"{fold['loss'] - full['loss']:.4f} below it")
+    words = [-row['difference']['mean'] for row in full['probe']['co_occurrence'] if row['from'] != 48]
+    assert says("gain {:.2f} nats from a last occurrence 24 to 47 characters back, {:.2f} at 96 to 149, {:.2f} at 150 to 335".format(*words))
+    worth = [rows[96]['gain']['mean'] for rows in (far, table)]
+    assert says(f"what is older than 96 is worth {worth[0]:.3f} nats to it, {worth[0] / worth[1]:.0f} times as much as to the fold.")
