@@ -152,6 +152,27 @@ def test_training_speed():
     assert says("lies between {} and {} in full, between {} and {} truncated.".format(*ends))
 
 
+def test_the_summary():
+    needles = [{row['distance']: row['right'] for row in result(f'needle/fold_gated_{seed}.json')['recall']} for seed in range(1337, 1342)]
+    assert all(right[1_000_000] == 100 for right in needles) and says("100 of 100, with each of five seeds.")
+    assert all(row['right'] == 0 for row in result('needle/gpt_24_1337.json')['recall'] if row['distance'] >= 48)
+    most = [result(f'pairs/l{l}_{C}ch_1337.json')['held_at_0.9'] for l in (24, 12) for C in (64, 128)]
+    assert most[0] == most[1] and says("{1} with a window of 24, {2} or {3} with one of 12.".format(*most))
+    python, shakespeare = ({m['name']: {'kept': False, **m} for m in result(f'{name}/report.json')['models']}
+                           for name in ('compare_python_longest', 'compare_shakespeare'))
+    full = python['GPT, window 384']
+    contexts = [python['fold']['preserved_context'][0], full['preserved_context'][0]]
+    assert says("of Python source {}, where what is older than 96 is worth 0.001 nats".format(contexts[0]))
+    assert says("uses {}, copies words from afar, and is {:.2f} nats better.".format(contexts[1], python['fold']['loss'] - full['loss']))
+    pairs = [(models['fold'], models['GPT, window 12']) for models in (shakespeare, python)]
+    assert says("by {:.3f} nats on Shakespeare and {:.3f} on Python".format(*(b['loss'] - a['loss'] for a, b in pairs)))
+    assert says("with {:.1f} to {:.1f} times the computation.".format(*sorted(a['flops_per_token'] / b['flops_per_token'] for a, b in pairs)))
+    wins = [stands['fold'] < stands['GPT, window 12'] for stands in (report.standing(a, b)['FLOPs'] for a, b in pairs)]
+    assert wins == [False, True] and says("At equal computation it wins on Python and loses on Shakespeare.")
+    memory = {point['block_size']: point['training_mb'] for point in result('training.json')['memory']['truncated']}
+    assert abs(memory[49152] / memory[192] - 1) < 0.08
+
+
 def test_what_paid_in_training():
     ms = result('training_ways.json')['ms']
     sides = 'fold, automatic', 'fold, written out', 'GPT'
