@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 
-from configurator import configure, numbers
+from configurator import at_least, configure, numbers
 
 parts = 'generation'  # and of training: 'speed', 'memory' over the length of a sequence, the 'longest' sequence
 out_dir = 'out/fold_shakespeare'  # run whose folded model is measured
@@ -143,9 +143,7 @@ def picture(path, table):
     fig.savefig(path, dpi=110)
 
 
-for key in ('gpt_window', 'window_tokens', 'rounds', 'threads'):
-    if config[key] < 1:
-        raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
+at_least(config, gpt_window=1, window_tokens=1, rounds=1, threads=1)
 lengths = numbers('contexts', contexts, least=1)
 device = ckpt.pick_device(device)
 torch.set_num_threads(threads)

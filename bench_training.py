@@ -16,7 +16,7 @@ import sys
 import time
 from contextlib import ExitStack, nullcontext, suppress
 
-from configurator import configure, numbers
+from configurator import at_least, configure, numbers
 
 parts = 'speed,memory,longest'  # what is measured
 sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads, for the speed; memory is measured at the first
@@ -348,9 +348,7 @@ def check(c):
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
-    for key in ('segment_size', 'window', 'batch_size', 'bptt_segments', 'vocab_size', 'starts', 'rounds', 'steps'):
-        if c[key] < 1:
-            raise SystemExit(f"error: {key} must be at least 1, not {c[key]}")
+    at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1)
     if c['compile'] not in COMPILE:
         raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
     for n in numbers('processes', c['processes'], least=1):

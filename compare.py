@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from configurator import configure, hint, is_helper, numbers, run_file
+from configurator import at_least, configure, hint, is_helper, numbers, run_file
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
 out_dir = ''         # folder of the runs; '' is out/NAME of the comparison file
@@ -254,9 +254,7 @@ def print_progress(found, share, begun):
 
 def main():
     global out_dir, results_dir
-    for key, least in dict(jobs=1, threads=0).items():
-        if config[key] < least:
-            raise SystemExit(f"error: {key} must be at least {least}, not {config[key]}")
+    at_least(config, jobs=1, threads=0)
     c = read_comparison(comparison)
     if seeds:
         c['seeds'] = numbers('seeds', seeds)

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from configurator import configure
+from configurator import at_least, configure
 
 out_dir = ''          # folder of the run; '' takes the newest under out/
 start = '\n'          # prompt; FILE:path reads it from a file, FILE:- from standard input; may be empty
@@ -108,9 +108,7 @@ def stop(*_):
         raise KeyboardInterrupt
 
 
-for key, least in dict(num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0).items():
-    if config[key] < least:
-        raise SystemExit(f"error: {key} must be at least {least}, not {config[key]}")
+at_least(config, num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0)
 if top_p > 1:
     raise SystemExit(f"error: top_p must be at most 1, not {top_p}")
 if save_state and num_samples > 1:

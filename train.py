@@ -14,7 +14,7 @@ import signal
 import time
 from contextlib import nullcontext
 
-from configurator import configure, show
+from configurator import at_least, configure, show
 
 # run
 out_dir = 'out/run'         # folder of the checkpoints and the log
@@ -84,12 +84,9 @@ best_path, last_path, log_path = (os.path.join(out_dir, name) for name in ('ckpt
 
 def check_config():
     """Refuse what would fail later, or worse, not fail at all."""
-    least = dict(batch_size=1, gradient_accumulation_steps=1, block_size=1, stretch=0, max_iters=0, warmup_iters=0,
-                 lr_decay_iters=0, eval_interval=1, eval_tokens=0, log_interval=1, threads=0, learning_rate=0.0,
-                 min_lr=0.0, weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
-    for key, value in least.items():
-        if config[key] < value:
-            raise SystemExit(f"error: {key} must be at least {value}, not {config[key]}")
+    at_least(config, batch_size=1, gradient_accumulation_steps=1, block_size=1, stretch=0, max_iters=0, warmup_iters=0,
+             lr_decay_iters=0, eval_interval=1, eval_tokens=0, log_interval=1, threads=0, learning_rate=0.0, min_lr=0.0,
+             weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise SystemExit(f"error: beta1={beta1} and beta2={beta2} must lie in [0, 1)")
     if decay_lr and min_lr > learning_rate:
