@@ -75,6 +75,8 @@ def test_needle_of_the_gpt():
     a, b, c, *rest = recalled('gpt_24_1337')
     assert says(f"recalls {a} keys at 0 and 6 tokens of filler, {c.split()[0]} of 200 at 12, and none of 200 at 48")
     assert a == b and set(rest) == {'0 of 200'}
+    a, b, *rest = recalled('gpt_12_1337')
+    assert says(f"recalls {a} at 0, {b.split()[0]} at 6, and none from 12 on") and set(rest) == {'0 of 200'}
 
 
 @pytest.mark.parametrize('kind', ['gated', 'plain'])
