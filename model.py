@@ -247,7 +247,7 @@ class GPT(nn.Module):
                      cache=zeros(B, c.n_layer, 2, c.n_head, c.block_size, c.n_embd // c.n_head))
 
     def read(self, idx, state=None):
-        """Read idx (B, T), any T: logits (B, V) of the token that follows, 0 if there is none before it, and the new state."""
+        """Read idx (B, T), any T: logits (B, V) of the token that follows, zeros if nothing has been read, and the new state."""
         state = state.clone() if state else self.new_state(len(idx))
         return self.read_(idx, state), state
 
@@ -312,7 +312,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 class FoldGPT(GPT):
-    """The folded model: the parameters of a GPT with n_local + n_global layers and a window of segment_size."""
+    """The folded model: the parameters of a GPT with n_local + n_global layers and a window of segment_size, and of a gate if the
+    carry is gated."""
 
     def __init__(self, config):
         super().__init__(config)

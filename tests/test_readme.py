@@ -165,7 +165,7 @@ def test_the_summary():
     full = python['GPT, window 384']
     contexts = [python['fold']['preserved_context'][0], full['preserved_context'][0]]
     assert says("of Python source {}, where what is older than 96 is worth 0.001 nats".format(contexts[0]))
-    assert says("uses {}, copies words from afar, and is {:.2f} nats better.".format(contexts[1], python['fold']['loss'] - full['loss']))
+    assert says("uses {}, the most that was tried, copies words from afar, and is {:.2f} nats better.".format(contexts[1], python['fold']['loss'] - full['loss']))
     pairs = [(models['fold'], models['GPT, window 12']) for models in (shakespeare, python)]
     assert says("by {:.3f} nats on Shakespeare and {:.3f} on Python".format(*(b['loss'] - a['loss'] for a, b in pairs)))
     assert says("with {:.1f} to {:.1f} times the computation.".format(*sorted(a['flops_per_token'] / b['flops_per_token'] for a, b in pairs)))
@@ -276,7 +276,7 @@ def test_the_longest_run():
                  zip((4, 5), result('probe/python_longest_words.json')['co_occurrence']))
     assert says("{1} nats (interval {2} to {3}, {0:,} words), and at 150 to 335, ".format(*near) + "{1} nats ({2} to {3}, {0:,} words)".format(*old))
     flops = report.standing(models['fold'], models['GPT, window 12'])['FLOPs']
-    assert says(f"the fold is {same['loss'] - fold['loss']:.4f} ahead at equal tokens and, read on its way, "
+    assert says(f"the fold is {same['loss'] - fold['loss']:.4f} ahead at equal tokens and, read part-way through its training, "
                 f"{flops['GPT, window 12'] - flops['fold']:.4f} at equal FLOPs.")
     halfway = [dict(map(tuple, run['curve']))[9_216_000] for run in (full, fold)]
     assert says("(at 9,216,000 characters {:.4f} against {:.4f}) and ends ".format(*halfway) + f"{fold['loss'] - full['loss']:.4f} below it")
