@@ -267,7 +267,8 @@ def test_the_longest_run():
     assert says('Python, 18,432,000 characters', 'validation loss', *map(str, shown), 'preserved context')
     for run in runs.values():
         losses = {row['history']: f"{row['loss']['mean']:.4f}" for row in run['probe']['context_curve']}
-        assert says(run['name'], f"{run['loss']:.4f}", *(losses[c] for c in shown), str(run['probe']['preserved_context']))
+        preserved = run['probe']['preserved_context']
+        assert says(run['name'], f"{run['loss']:.4f}", *(losses[c] for c in shown), 'none' if preserved is None else str(preserved))
     assert says(f"The fold's preserved context is {fold['probe']['preserved_context']} characters.")
     gains = {c: "{mean:.5f} ({low:.5f} to {high:.5f})".format(**table[c]['gain']) for c in (144, 168, 192)}
     assert says("What is older than 96 is worth {mean:.5f} nats (interval {low:.5f} to {high:.5f}), than 144 ".format(**table[96]['gain'])
@@ -275,9 +276,11 @@ def test_the_longest_run():
     near, old = ((row['words'], *(f"{-row['difference'][key]:.{digits}f}" for key in ('mean', 'high', 'low'))) for digits, row in
                  zip((4, 5), result('probe/python_longest_words.json')['co_occurrence']))
     assert says("{1} nats (interval {2} to {3}, {0:,} words), and at 150 to 335, ".format(*near) + "{1} nats ({2} to {3}, {0:,} words)".format(*old))
-    flops = report.standing(models['fold'], models['GPT, window 12'])['FLOPs']
+    flops, twice = (report.standing(models['fold'], models[f'GPT, window {n}'])['FLOPs'] for n in (12, 24))
     assert says(f"the fold is {same['loss'] - fold['loss']:.4f} ahead at equal tokens and, read part-way through its training, "
-                f"{flops['GPT, window 12'] - flops['fold']:.4f} at equal FLOPs.")
+                f"{flops['GPT, window 12'] - flops['fold']:.4f} at equal FLOPs; against that of window 24 "
+                f"{runs['GPT, window 24']['loss'] - fold['loss']:.4f} ahead at equal tokens and {twice['fold'] - twice['GPT, window 24']:.4f} "
+                f"behind at equal FLOPs. Its carry is worth {runs['fold, carry dropped']['loss'] - fold['loss']:.4f}.")
     halfway = [dict(map(tuple, run['curve']))[9_216_000] for run in (full, fold)]
     assert says("(at 9,216,000 characters {:.4f} against {:.4f}) and ends ".format(*halfway) + f"{fold['loss'] - full['loss']:.4f} below it")
     words = [-row['difference']['mean'] for row in full['probe']['co_occurrence'] if row['from'] != 48]
