@@ -59,6 +59,7 @@ training.backpropagate = lambda model, x, *rest, **how: (rows.append(len(x)), in
 model, _, update = bench_training.make('full', '1+1x16x2', 24, c)
 update(*bench_training.batch(24, c))
 print(rows + [p.detach().double().sum().item() for p in model.parameters()])
+training.leave(training.Stop())
 """)
     alone = [sys.executable, str(script)]
     two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]

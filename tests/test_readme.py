@@ -258,6 +258,13 @@ def test_text_beside_its_controls_in_words():
     assert says(f"its loss is {losses['GPT, window 384'] - losses['fold']:.3f} above the fold's")
 
 
+def test_byte_pairs_in_words():
+    losses = {run['name']: run['loss'] for run in result('compare_bpe/report.json')['runs']}
+    fold, same, twice, dropped = (losses[name] for name in ('fold', 'GPT, window 12', 'GPT, window 24', 'fold, carry dropped'))
+    assert says(f"The fold is {same - fold:.4f} ahead of the GPT of its own window and {fold - twice:.4f} behind that of window 24; "
+                f"its carry is worth {dropped - fold:.4f}.")
+
+
 def test_the_longest_run():
     r = result('compare_python_longest/report.json')
     runs, models = ({run['name']: run for run in r[key] if 'failed' not in run} for key in ('runs', 'models'))
