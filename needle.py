@@ -89,8 +89,9 @@ def picture(files):
         kind = f"fold, window {c['segment_size']}, {c['carry']}" if result['model'] == 'fold' else f"GPT, window {c['block_size']}"
         x, y, low, high = zip(*points)
         axes.errorbar(x, y, (low, high), fmt='o-', ms=3, capsize=2, label=f"{kind}, {c['filler']}, seed {c['seed']}")
-        axes.axhline(result['chance'], color='gray', lw=0.8)
-    axes.set(xscale='log', xlabel='tokens of filler between key and question', ylabel='keys recalled', ylim=(-0.03, 1.03))
+    axes.axhline(result['chance'], color='black', lw=0.8, ls=':', label='chance')
+    axes.set_xscale('symlog', linthresh=6)  # a distance may be 0
+    axes.set(xlabel='tokens of filler between key and question', ylabel='keys recalled', xlim=0, ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()
