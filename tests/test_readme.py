@@ -66,6 +66,12 @@ def test_needle(seed):
     assert says('filler, seed', *distances[:-1], f'{distances[-1]} tokens') and says(f'symbols, {seed}', *recalled(f'fold_gated_{seed}'))
 
 
+def test_needle_on_two_cores():
+    r = result('needle/fold_gated_1337_two_cores.json')
+    assert says(f"took {r['minutes']:.1f} minutes on a calm day, {r['training_minutes']:.1f} of them training") and r['minutes'] < 20
+    assert recalled('fold_gated_1337_two_cores') == recalled('fold_gated_1337')
+
+
 def test_needle_among_text():
     *near, last = recalled('fold_gated_text_1337')
     assert says('Shakespeare, 1337', *near, f'{last} at 100,000')
