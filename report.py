@@ -139,7 +139,8 @@ def number(value, form):
 def main_table(names):
     return table(['model', 'parameters', 'training tokens', 'validation loss', 'training tokens/s', 'FLOPs/token', 'peak MB',
                   'state bytes', 'generated tokens/s'],
-                 [[m['name'] + ' (kept)' * m['kept'], f"{m['parameters']:,}", f"{m['tokens']:,}", f"{m['loss']:.4f}" + (f" ± {m['sd']:.4f}" if m['sd'] else ''),
+                 [[m['name'] + ' (kept)' * m['kept'], f"{m['parameters']:,}", f"{m['tokens']:,}",
+                   f"{m['loss']:.4f}" + (f" ± {m['sd']:.4f}" if m['sd'] else ''),
                    f"{m['tokens_per_s']:,.0f}", f"{m['flops_per_token']:,.0f}", number(m['peak_mb'], '.0f'), f"{m['state_bytes']:,}",
                    f"{m['generated_per_s']:,.0f}"] for m in names])
 

@@ -181,6 +181,12 @@ def test_the_summary():
     assert abs(memory[49152] / memory[192] - 1) < 0.05
 
 
+def test_training_speed_again():
+    full, truncated = ([run['speed']['2+2x128x4'][f'{mode}, 2 processes']['efficiency'] for run in result('training_again.json')]
+                       for mode in ('full', 'truncated'))
+    assert says("gave {:.3f} and {:.3f} in full, {:.3f} and {:.3f} truncated".format(*full, *truncated))
+
+
 def test_what_paid_in_training():
     ms = result('training_ways.json')['ms']
     sides = 'fold, automatic', 'fold, written out', 'GPT'
