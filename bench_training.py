@@ -32,6 +32,7 @@ block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # of the memory cu
 memory_limit_gb = 4.0  # points that are going to need more, by the two before them, are left out
 budget_gb = 2.0       # of the longest sequence: the whole process on a CPU, the allocator on a GPU
 longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reaches it could do more
+products = 'auto'     # as in train.py
 compile = 'auto'      # as in train.py
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0           # CPU threads of each process; 0 leaves it to torch
@@ -67,6 +68,8 @@ def make(mode, size, T, c):
     kind = c['device'].split(':')[0]
     if kind == 'cpu':
         training.keep_freed_memory()
+        if c['products'] == 'auto':
+            training.onednn_products()
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
     training.compile_model(model, c['batch_size'] // training.WORLD, c['compile'], c['device'], autocast)
     trained = training.parallel(model, c['device'])
@@ -344,11 +347,13 @@ def check(c):
     """Refuse what would fail later. Raises SystemExit."""
     import torch
     from checkpoint import make_model
-    from training import COMPILE
+    from training import COMPILE, PRODUCTS
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
     at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1)
+    if c['products'] not in PRODUCTS:
+        raise SystemExit(f"error: products must be 'auto' or 'torch', not {c['products']!r}")
     if c['compile'] not in COMPILE:
         raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
     for n in numbers('processes', c['processes'], least=1):

@@ -7,11 +7,13 @@ Here the whole segment-carry loop is one node, a matrix has one gradient, to whi
 segments share is made once. Most of what is left beside matrix products is the number of calls: each counts.
 model.py stays what defines the model: the tests hold this against it, in float64.
 """
+from contextlib import contextmanager
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model import FoldGPT
+from model import SHORT_ROWS, FoldGPT
 
 GELU_BACKWARD = torch.ops.aten.gelu_backward.default
 NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
@@ -48,6 +50,17 @@ def loop(blocks, x, carry, l):
     return Loop.apply(x, carry, l, blocks[0].attn.n_head, *parameters)
 
 
+@contextmanager
+def small_products():
+    """Products of few numbers, an attention's, as torch does them: with training.onednn_products they would be slower."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
 class Loop(torch.autograd.Function):
     """Segment after segment through all blocks, each in a window with the output of the one before it (eq. 13 to 17).
 
@@ -59,8 +72,10 @@ class Loop(torch.autograd.Function):
     def forward(ctx, x, carry, l, n_head, *parameters):
         """Twelve parameters a block, in the order of Block.weights; biases may be None."""
         B, T, C = x.shape
-        blocks, outputs, ctx.saved = [Weights(p, n_head) for p in zip(*[iter(parameters)] * 12)], [], []
-        carry, futures = None if carry is None else rows(carry), {}
+        carry, outputs, ctx.saved, futures = None if carry is None else rows(carry), [], [], {}
+        parameters = list(zip(*[iter(parameters)] * 12))
+        past = carry is not None or T > l  # whether any window has one
+        blocks = [Weights(p, n_head, apart=past and p is parameters[-1]) for p in parameters]
         for x_s in rows(x).split(l * B):
             window = x_s if carry is None else torch.cat((carry, x_s))  # (2l*B, C); l*B for the first segment
             for w in blocks:
@@ -94,10 +109,9 @@ class Loop(torch.autograd.Function):
 class Affine:
     """x W^T + b, for all segments."""
 
-    def __init__(self, w, b, scale=1.0):
-        """W (M, K), b (M,) or None; both are scaled."""
-        self.w, self.b = (w, b) if scale == 1 else (w * scale, b if b is None else b * scale)
-        self.w_t, self.scale, self.grad, self.b_grads = self.w.t(), scale, None, []
+    def __init__(self, w, b):
+        """W (M, K), b (M,) or None."""
+        self.w, self.w_t, self.b, self.grad, self.b_grads = w, w.t(), b, None, []
 
     def __call__(self, x, start=None):
         """x (R, K) -> (R, M), added to start (R, M)."""
@@ -113,8 +127,29 @@ class Affine:
         return torch.mm(g, self.w) if start is None else start.addmm_(g, self.w)
 
     def gradients(self):
-        grads = self.grad, total(self.b_grads)
-        return grads if self.scale == 1 else [g if g is None else g * self.scale for g in grads]
+        return self.grad, total(self.b_grads)
+
+
+class Projections(Affine):
+    """m of queries, keys and values by one product, those of a head side by side, so that heads are views."""
+
+    def __init__(self, w, b):
+        """W (m, H, C/H, C), b (m, H, C/H) or None."""
+        self.shape = w.transpose(0, 1).shape
+        super().__init__(w.transpose(0, 1).reshape(-1, w.size(-1)), b if b is None else b.transpose(0, 1).flatten())
+
+    def __call__(self, x, BH):
+        """Rows x (T*B, C) -> m views (B*H, T, C/H)."""
+        return super().__call__(x).view(-1, BH, *self.shape[1:3]).permute(2, 1, 0, 3).unbind(0)
+
+    def back(self, grads, x, start=None):
+        """As Affine.back, from the m gradients (B*H, T, C/H)."""
+        return super().back(torch.stack([g.transpose(0, 1) for g in grads], dim=2).view(len(x), -1), x, start)
+
+    def gradients(self):
+        """Those of W and b as they came."""
+        w, b = super().gradients()
+        return w.view(self.shape).transpose(0, 1), b if b is None else b.view(self.shape[:3]).transpose(0, 1)
 
 
 class Norm:
@@ -146,19 +181,24 @@ def total(grads):
 class Weights:
     """The parameters of a block, and, as segments come by, their gradients."""
 
-    def __init__(self, parameters, n_head):
+    def __init__(self, parameters, n_head, apart):
+        """apart: whether queries come from fewer rows than keys and values: from the current half alone."""
         w_1, b_1, w_qkv, b_qkv, w_o, b_o, w_2, b_2, w_fc, b_fc, w_down, b_down = parameters
-        C = len(w_o)
-        q, k, v = zip(w_qkv.split(C), [None] * 3 if b_qkv is None else b_qkv.split(C))
-        self.q, self.k, self.v = Affine(*q, scale=(C // n_head) ** -0.5), Affine(*k), Affine(*v)
+        self.shape = 3, n_head, len(w_o) // n_head
+        self.scale = w_o.new_tensor([self.shape[-1] ** -0.5, 1, 1]).view(3, 1, 1)  # of queries: here it is done once for all
+        w = w_qkv.view(*self.shape, -1) * self.scale[..., None]
+        b = b_qkv if b_qkv is None else b_qkv.view(self.shape) * self.scale
+        self.qkv = [Projections(w[some], b if b is None else b[some])
+                    for some in ([slice(1), slice(1, 3)] if apart else [slice(3)])]
         self.norm_1, self.norm_2 = Norm(w_1, b_1), Norm(w_2, b_2)
         self.o, self.fc, self.down = Affine(w_o, b_o), Affine(w_fc, b_fc), Affine(w_down, b_down)
 
     def gradients(self):
         """In the order of the parameters."""
-        w, b = zip(*(part.gradients() for part in (self.q, self.k, self.v)))
+        w, b = zip(*(part.gradients() for part in self.qkv))
+        w, b = torch.cat(w) * self.scale[..., None], None if b[0] is None else torch.cat(b) * self.scale
         others = [part.gradients() for part in (self.norm_1, self.o, self.norm_2, self.fc, self.down)]
-        others.insert(1, (torch.cat(w), None if b[0] is None else torch.cat(b)))
+        others.insert(1, (w.flatten(0, 2), b if b is None else b.flatten()))
         return [g for pair in others for g in pair]
 
 
@@ -169,9 +209,10 @@ def block_forward(w, x, future, BH):
     (a, stats_1), (t, T), R = w.norm_1(x), future.shape, x.size(0)
     n = R // T * t
     x_n, a_n = (x, a) if n == R else (x[-n:], a[-n:])  # the last block: its past half gives keys and values alone
-    q, k, v = heads(w.q(a_n), t, BH), heads(w.k(a), T, BH), heads(w.v(a), T, BH)  # (B*H, t or T, C/H)
-    weights = torch._softmax(torch.baddbmm(future, q, k.mT), -1, False)  # (B*H, t, T)
-    y = merged(torch.bmm(weights, v), n)  # (n, C)
+    q, k, v = [heads for part, of in zip(w.qkv, (a_n, a)) for heads in part(of, BH)]  # (B*H, t or T, C/H)
+    with small_products():
+        weights = softmax(q, k, future)  # (B*H, t, T)
+        y = torch.bmm(weights, v).transpose(0, 1).reshape(n, -1)  # (n, C)
     x_2 = w.o(y, x_n)
     b, stats_2 = w.norm_2(x_2)
     h = w.fc(b)
@@ -182,29 +223,36 @@ def block_forward(w, x, future, BH):
 def block_backward(w, saved, g):
     """The gradient of block_forward's x (R, C) from that of its result, g (n, C); those of its weights go into w."""
     x, a, a_n, stats_1, q, k, v, weights, y, x_2, stats_2, b, h, u = saved
-    R, n = x.size(0), g.size(0)
+    R, n, (BH, t, _) = x.size(0), g.size(0), q.shape
     g_h = GELU_BACKWARD(w.down.back(g, u), h)
     g_2 = w.norm_2.back(w.fc.back(g_h, b), x_2, stats_2).add_(g)
-    g_y = heads(w.o.back(g_2, y), q.size(1), q.size(0))
-    g_s = torch._softmax_backward_data(torch.bmm(g_y, v.mT), weights, -1, x.dtype)  # (B*H, t, T)
-    g_a = w.k.back(merged(torch.bmm(g_s.mT, q), R), a)
-    g_a = w.v.back(merged(torch.bmm(weights.mT, g_y), R), a, g_a)
-    w.q.back(merged(torch.bmm(g_s, k), n), a_n, g_a if n == R else g_a[-n:])
+    g_y = w.o.back(g_2, y).view(t, BH, -1).transpose(0, 1)  # (B*H, t, C/H)
+    with small_products():
+        g_s = softmax_backward(g_y, v, weights)  # (B*H, t, T)
+        g_qkv = torch.bmm(g_s, k), torch.bmm(g_s.mT, q), torch.bmm(weights.mT, g_y)
+    *apart, last = w.qkv
+    g_a = last.back(g_qkv[len(apart):], a)
+    for queries in apart:
+        queries.back(g_qkv[:1], a_n, g_a[-n:])
     g_x = w.norm_1.back(g_a, x, stats_1)
     (g_x if n == R else g_x[-n:]).add_(g_2)
     return g_x
 
 
+def softmax(q, k, future):
+    """Where q (B*H, t, C/H) looks among k (B*H, T, C/H): (B*H, t, T). Short rows are computed as columns, see SHORT_ROWS."""
+    if k.size(1) < SHORT_ROWS:
+        return torch._softmax(torch.baddbmm(future.t(), k, q.mT), 1, False).mT
+    return torch._softmax(torch.baddbmm(future, q, k.mT), -1, False)
+
+
+def softmax_backward(g_y, v, weights):
+    """The gradient of the scores, (B*H, t, T), from that of what was gathered by the weights, g_y (B*H, t, C/H)."""
+    if v.size(1) < SHORT_ROWS:
+        return torch._softmax_backward_data(torch.bmm(v, g_y.mT), weights.mT, 1, v.dtype).mT
+    return torch._softmax_backward_data(torch.bmm(g_y, v.mT), weights, -1, v.dtype)
+
+
 def rows(x):
     """x (B, T, C) -> (T*B, C)."""
     return x.transpose(0, 1).reshape(-1, x.size(-1))
-
-
-def heads(x, T, BH):
-    """Rows x (T*B, C) -> (B*H, T, C/H), a view."""
-    return x.view(T, BH, -1).transpose(0, 1)
-
-
-def merged(x, R):
-    """The way back, x (B*H, T, C/H) -> rows (T*B, C), a copy."""
-    return x.transpose(0, 1).reshape(R, -1)

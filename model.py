@@ -21,6 +21,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
+SHORT_WINDOW = 64  # the longest window on which fused attention is slower than its products one by one
+SHORT_ROWS = 16    # numbers of a vector register: on a CPU, a softmax along rows shorter than that is slower than across them
+
+
 @dataclass
 class GPTConfig:
     """Sizes of a GPT. Raises ValueError for sizes that no model can have."""
@@ -92,12 +96,14 @@ class CausalSelfAttention(nn.Module):
 def attend(q, k, v, dropout=0.0):
     """Softmax attention of q (B, H, n, C/H) to k, v (B, H, S, C/H); the last query sees all, the one before one less."""
     (B, H, n, D), S = q.shape, k.size(2)
-    if n == 1 or n == S > 64:
+    if n == 1 or n == S > SHORT_WINDOW:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=n > 1)
-    # on windows as short as a fold's, the fused kernels are slower than this
     q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
     future = q.new_full((n, S), float('-inf')).triu(S - n + 1)
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(dim=-1)  # (B*H, n, S)
+    if S < SHORT_ROWS:
+        weights = torch.baddbmm(future.t(), k, q.mT, alpha=D ** -0.5).softmax(dim=1).mT  # (B*H, n, S)
+    else:
+        weights = torch.baddbmm(future, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)
     return (F.dropout(weights, dropout) @ v).view(B, H, n, D)
 
 

@@ -8,12 +8,16 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def as_new(monkeypatch):
+    """Random numbers, threads and who multiplies as in a new process, whatever the test before has run."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    monkeypatch.setattr(model, 'SHORT_WINDOW', model.SHORT_WINDOW)
+    torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
 
 
 @pytest.fixture

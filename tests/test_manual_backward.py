@@ -11,8 +11,10 @@ from training import backpropagate
 
 @pytest.mark.parametrize('sizes', [dict(), dict(n_local=0), dict(n_global=1), dict(bias=False)])
 @pytest.mark.parametrize('how', [dict(), dict(chunk=2 * l), dict(recompute=True)])
-def test_written_out_and_automatic_agree(sizes, how):
+@pytest.mark.parametrize('short_rows', [0, l + 1, 99])  # no window, those of one segment, all
+def test_written_out_and_automatic_agree(sizes, how, short_rows, monkeypatch):
     """With a carry and without, of segments one of which is short: to rounding error in float64."""
+    monkeypatch.setattr(manual_backward, 'SHORT_ROWS', short_rows)
     model, (x, y) = make_fold(**sizes), batch(4 * l + 2)
     carry = torch.randn(len(x), l, model.config.n_embd, dtype=torch.float64)
     for first in (None, carry):
@@ -55,3 +57,19 @@ def test_it_is_not_taken_for_what_it_does_not_compute():
     for model in (make_fold(carry='gated'), make_fold(dropout=0.1), gpt):
         assert not training.compile_model(model, 2, 'manual', 'cpu') and 'fold' not in vars(model)
     assert not training.compile_model(make_fold(), 2, 'auto', 'cpu', torch.autocast('cpu', torch.bfloat16))
+
+
+def test_attention_is_left_to_torch_and_other_products_are_not(monkeypatch):
+    """In both directions; and what was set before is set afterwards."""
+    seen, matmul = {}, torch.backends.mkldnn.matmul
+
+    def watch(name):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, **more: seen.setdefault(name, set()).add(matmul.fp32_precision) or real(*args, **more))
+    for name in ('bmm', 'baddbmm', 'mm', 'addmm'):
+        watch(name)
+    model, (x, y) = make_fold(), batch(2 * l)
+    assert manual_backward.install(model)
+    matmul.fp32_precision = 'bf16'
+    backpropagate(model, x, y)
+    assert seen == {'bmm': {'ieee'}, 'baddbmm': {'ieee'}, 'mm': {'bf16'}, 'addmm': {'bf16'}} and matmul.fp32_precision == 'bf16'
