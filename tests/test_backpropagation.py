@@ -48,7 +48,7 @@ def test_memory_of_recomputation_grows_by_the_carries():
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='the system does not tell')
 def test_a_segment_more_costs_its_carry_and_tokens():
     import bench_training
-    settings = dict(vocab_size=65, segment_size=12, batch_size=16, bptt_segments=16, compile='off', device='cpu', threads=1)
+    settings = dict(vocab_size=65, segment_size=12, batch_size=16, bptt_segments=16, products='torch', compile='off', device='cpu', threads=1)
     few, many = (bench_training.in_own_process('recomputed', '1+1x128x4', n * 12, settings) for n in (16, 416))
     carry, share = 16 * 12 * 128 * 4, 16 * 12 * (2 * 8 + 65 * 4)
     assert many['training_mb'] - few['training_mb'] <= 400 * 1.3 * (carry + share) / 1e6
