@@ -29,6 +29,7 @@ starts = 5            # times that the sides' processes are started, for the spe
 rounds = 7            # readings of the clock after each start, the sides alternating
 steps = 4             # updates between two readings
 block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # of the memory curve
+tries = 3             # processes that measure a point of the memory curve, which differ by a tenth; the median counts
 memory_limit_gb = 4.0  # points that are going to need more, by the two before them, are left out
 budget_gb = 2.0       # of the longest sequence: the whole process on a CPU, the allocator on a GPU
 longest_cap = 196608  # tokens; longer sequences are not tried, a mode that reaches it could do more
@@ -265,10 +266,10 @@ def memory_curve(mode, size, c):
         if need > 1000 * c['memory_limit_gb']:
             print(f"  {mode:<10} {T:>7}: left out, needs more than {c['memory_limit_gb']} GB", flush=True)
             break
-        point = in_own_process(mode, size, T, c)
-        if point is None:
+        tries = [in_own_process(mode, size, T, c) for _ in range(c['tries'])]
+        if None in tries:
             break
-        points.append(point)
+        points.append(sorted(tries, key=lambda point: point['peak_mb'])[len(tries) // 2])
     return points
 
 
@@ -351,7 +352,7 @@ def check(c):
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
-    at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1)
+    at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1, tries=1)
     if c['products'] not in PRODUCTS:
         raise SystemExit(f"error: products must be 'auto' or 'torch', not {c['products']!r}")
     if c['compile'] not in COMPILE:

@@ -150,3 +150,11 @@ def test_speed_is_taken_over_all_starts_and_against_the_fastest_gpt(monkeypatch)
         assert rows[name]['ratio'] == pytest.approx(0.35) and rows[name]['efficiency'] == pytest.approx(0.7)
         assert rows[name]['by_start'] == pytest.approx([1.2, 0.3])
     assert rows['gpt, 2 processes']['by_start'] == [1.0, 1.0] and rows['gpt']['efficiency'] < 0.1
+
+
+def test_a_memory_point_is_the_median_of_its_processes(monkeypatch):
+    import bench_training
+    peaks = iter([5.0, 1.0, 3.0, 8.0, 9.0, 7.0])
+    monkeypatch.setattr(bench_training, 'in_own_process', lambda mode, size, T, c: {'block_size': T, 'peak_mb': next(peaks)})
+    points = bench_training.memory_curve('full', '1+1x8x1', {'block_sizes': '12,24', 'tries': 3, 'segment_size': 12, 'memory_limit_gb': 1.0})
+    assert [point['peak_mb'] for point in points] == [3.0, 8.0]
