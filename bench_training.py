@@ -69,8 +69,7 @@ def make(mode, size, T, c):
     kind = c['device'].split(':')[0]
     if kind == 'cpu':
         training.keep_freed_memory()
-        if c['products'] == 'auto':
-            training.onednn_products()
+        training.choose_products(c['products'])
     autocast = torch.autocast('cuda', torch.bfloat16) if kind == 'cuda' else nullcontext()
     training.compile_model(model, c['batch_size'] // training.WORLD, c['compile'], c['device'], autocast)
     trained = training.parallel(model, c['device'])
@@ -266,10 +265,12 @@ def memory_curve(mode, size, c):
         if need > 1000 * c['memory_limit_gb']:
             print(f"  {mode:<10} {T:>7}: left out, needs more than {c['memory_limit_gb']} GB", flush=True)
             break
-        tries = [in_own_process(mode, size, T, c) for _ in range(c['tries'])]
-        if None in tries:
+        found = []
+        while len(found) < c['tries'] and None not in found:
+            found.append(in_own_process(mode, size, T, c))
+        if None in found:
             break
-        points.append(sorted(tries, key=lambda point: point['peak_mb'])[len(tries) // 2])
+        points.append(sorted(found, key=lambda point: point['peak_mb'])[len(found) // 2])
     return points
 
 
@@ -354,7 +355,7 @@ def check(c):
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
     at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1, tries=1)
     if c['products'] not in PRODUCTS:
-        raise SystemExit(f"error: products must be 'auto' or 'torch', not {c['products']!r}")
+        raise SystemExit(f"error: products must be 'auto', 'onednn' or 'torch', not {c['products']!r}")
     if c['compile'] not in COMPILE:
         raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
     for n in numbers('processes', c['processes'], least=1):
@@ -370,11 +371,14 @@ def check(c):
 def measure(c):
     """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
     import torch
+    import training
     from checkpoint import ROOT, load_result, pick_device, portable, provenance, save_result
     c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
     if c['processes'] == 'auto':
         c['processes'] = '1,2' if c['device'] == 'cpu' and (os.cpu_count() or 1) > 1 and c['batch_size'] % 2 == 0 else '1'
     check(c)
+    if c['device'] == 'cpu':
+        c['products'] = training.choose_products(c['products'])  # what 'auto' is here, for the record too
     if c['threads']:
         torch.set_num_threads(c['threads'])  # for the record: what is measured runs in other processes
     path = os.path.join(ROOT, c['results_dir'], 'training.json')

@@ -13,9 +13,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model import SHORT_ROWS, FoldGPT
+from model import FoldGPT
 
 GELU_BACKWARD = torch.ops.aten.gelu_backward.default
+SHORT_ROWS = 16  # numbers of a vector register: along rows shorter than that a softmax is slower than across them
 NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -112,7 +113,8 @@ class Affine:
     def __init__(self, w, b):
         """W (M, K), b (M,) or None."""
         self.w, self.w_t, self.b, self.grad, self.b_grads = w, w.t(), b, None, []
-        self.upright = len(w) > 3 * w.size(1)  # the gradient's orientation: the other one takes up to a fifth longer
+        M, K = w.shape  # the gradient is made as it is or transposed, whichever was faster of such a shape
+        self.upright = M > 3 * K if torch.backends.mkldnn.matmul.fp32_precision == 'bf16' else M < K
 
     def __call__(self, x, start=None):
         """x (R, K) -> (R, M), added to start (R, M)."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 SHORT_WINDOW = 64  # the longest window on which fused attention is slower than its products one by one
-SHORT_ROWS = 16    # numbers of a vector register: on a CPU, a softmax along rows shorter than that is slower than across them
+SHORT_ROWS = 0     # a softmax of fewer numbers is taken across rows, not along them: set by training on a CPU
 
 
 @dataclass

@@ -63,7 +63,7 @@ log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA and float32 elsewhere
-products = 'auto'           # float32 ones on a CPU: 'auto' has oneDNN do them on AMD's with AVX-512, faster; 'torch' leaves it to torch
+products = 'auto'           # of float32 on a CPU: 'torch' (MKL's), 'onednn' (on AMD's with AVX-512, faster); 'auto': where it serves
 compile = 'auto'            # 'off', 'manual' (backward pass), 'kernels', 'graphs'; 'auto': 'kernels' on CUDA, 'manual' on the CPU
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 config = configure(globals())
@@ -95,7 +95,7 @@ def check_config():
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise SystemExit(f"error: dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
     if products not in training.PRODUCTS:
-        raise SystemExit(f"error: products must be 'auto' or 'torch', not {products!r}")
+        raise SystemExit(f"error: products must be 'auto', 'onednn' or 'torch', not {products!r}")
     if compile not in training.COMPILE:
         raise SystemExit(f"error: compile must be 'auto', 'off', 'manual', 'kernels' or 'graphs', not {compile!r}")
     if stretch and (stretch % block_size or batch_size * block_size % stretch):
@@ -234,19 +234,20 @@ if threads:
 device = training.join(pick_device(device))
 if device == 'cpu':
     training.keep_freed_memory()
-    if products == 'auto':
-        training.onednn_products()
 checkpoint = None
 if init_from != 'scratch':
     checkpoint = load(last_path if init_from == 'resume' else find_file(init_from))
 if init_from == 'resume':  # goes on as before; the model stays what it is, other settings may be given anew
     kept = {**checkpoint['model_args'], 'model_type': checkpoint['model_type'], 'dataset': checkpoint['data']['dataset']}
-    here = {'init_from', 'overwrite', 'out_dir', 'data_dir', 'device', 'dtype', 'threads', 'products', 'compile'} | _given
-    for key, value in ({k: v for k, v in checkpoint['config'].items() if k not in here} | kept).items():
+    here = {'init_from', 'overwrite', 'out_dir', 'data_dir', 'device', 'dtype', 'threads', 'compile'} | _given
+    before = {'products': 'torch', **checkpoint['config']}  # checkpoints without that key had no choice
+    for key, value in ({k: v for k, v in before.items() if k not in here} | kept).items():
         if key in _given and key in config and config[key] != value:
             print(f"resume: {key} stays {value!r}")
         if key in config:
             config[key] = globals()[key] = value
+if device == 'cpu':
+    products = config['products'] = training.choose_products(products)
 wanted = checkpoint['data']['wanted'] if init_from == 'resume' else dataset
 dataset, meta = training.from_writer(find_data)
 config['dataset'] = dataset

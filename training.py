@@ -291,7 +291,7 @@ class Stop:
 
 # --- compiling --------------------------------------------------------------------------------------------------
 
-PRODUCTS = 'auto', 'torch'
+PRODUCTS = 'auto', 'onednn', 'torch'
 COMPILE = {'auto': None, 'off': None, 'manual': None, 'kernels': 'default', 'graphs': 'reduce-overhead'}  # modes of torch.compile
 
 
@@ -308,22 +308,36 @@ def keep_freed_memory():
 
 def onednn_products():
     """Have oneDNN do float32 matrix products on AMD's processors with AVX-512, which torch's MKL leaves unused on them:
-    training becomes 1.4 to 2 times as fast. Returns whether it does them.
+    training becomes 1.4 to 2 times as fast, for some more memory. Returns whether it does them.
 
     torch gives oneDNN such products only where it may round what it multiplies to bfloat16. A processor without matrix
     units for bfloat16 gains nothing by that and does not: tried out here, with numbers that would not survive it.
+    (torch.get_float32_matmul_precision, of the older interface, raises a RuntimeError from then on.)
     """
-    matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or 'AuthenticAMD' not in processor():
+    mkldnn, exact = torch.backends.mkldnn, False
+    if (not mkldnn.is_available() or not mkldnn.enabled or torch.backends.cpu.get_cpu_capability() != 'AVX512'
+            or 'AuthenticAMD' not in processor()):
         return False
-    matmul.fp32_precision = 'bf16'
-    for shape in ((64, 64), (1024, 1024), (8, 256, 256)):
-        x = torch.full(shape, 1 + 2 ** -10)
-        if not torch.allclose(x @ x, x.double().square().sum(-1, keepdim=True).float(), rtol=1e-5):
-            matmul.fp32_precision = before
-            return False
-    definition.SHORT_WINDOW = 384  # the products of an attention gain, the fused kernel does not
-    return True
+    before, mkldnn.matmul.fp32_precision = mkldnn.matmul.fp32_precision, 'bf16'
+    try:
+        tried = [torch.full(shape, 1 + 2 ** -10) for shape in ((64, 64), (1024, 1024), (8, 256, 256))]
+        exact = all(torch.allclose(x @ x, x.double().square().sum(-1, keepdim=True).float(), rtol=1e-5) for x in tried)
+    finally:
+        if not exact:
+            mkldnn.matmul.fp32_precision = before
+    if exact:
+        definition.SHORT_WINDOW = 384  # so far the products of an attention gain more than the fused kernel, at its memory
+    return exact
+
+
+def choose_products(products):
+    """Who multiplies on this CPU from now on: 'onednn' or 'torch', by a setting of PRODUCTS. (Sets SHORT_ROWS, too.)"""
+    definition.SHORT_ROWS = manual_backward.SHORT_ROWS
+    if products == 'torch' or not onednn_products():
+        if products == 'onednn':
+            print("oneDNN's products do not serve on this machine; going on with torch's")
+        return 'torch'
+    return 'onednn'
 
 
 def processor():

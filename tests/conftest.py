@@ -16,8 +16,9 @@ def as_new(monkeypatch):
     """Random numbers, threads and who multiplies as in a new process, whatever the test before has run."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    monkeypatch.setattr(model, 'SHORT_WINDOW', model.SHORT_WINDOW)
-    torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
+    for name in ('SHORT_WINDOW', 'SHORT_ROWS'):
+        monkeypatch.setattr(model, name, getattr(model, name))
+    torch.backends.mkldnn.matmul.fp32_precision = 'none'
 
 
 @pytest.fixture

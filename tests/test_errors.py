@@ -119,7 +119,7 @@ def test_an_unwritable_folder(train, tmp_path):
     (dict(model_type='gpt', bptt_segments=2), ['a GPT has no segments', 'bptt_segments must be 0']),
     (dict(model_type='gpt', recompute=True), ['a GPT has no segments', 'recompute False']),
     (dict(checkpoint_interval=-1), ['checkpoint_interval must be at least 0']),
-    (dict(products='mkl'), ["products must be 'auto' or 'torch', not 'mkl'"]),
+    (dict(products='mkl'), ["products must be 'auto', 'onednn' or 'torch', not 'mkl'"]),
     (dict(compile='yes'), ["compile must be 'auto', 'off', 'manual', 'kernels' or 'graphs', not 'yes'"]),
     (dict(block_size=8000), ['too short', 'lower block_size']),
     (dict(dataset='tinny'), ["no text for the data set 'tinny'"]),
@@ -210,7 +210,7 @@ def test_help_names_every_key_with_default_and_comment(run, script):
     (['--rounds=0'], ['rounds must be at least 1']),
     (['--processes=3'], ['3 processes cannot share batch_size=16']),
     (['--processes=0'], ['processes must be whole numbers from 1 on', "'0'"]),
-    (['--products=mkl'], ["products must be 'auto' or 'torch', not 'mkl'"]),
+    (['--products=mkl'], ["products must be 'auto', 'onednn' or 'torch', not 'mkl'"]),
     (['--compile=fast'], ['compile must be one of auto', "'fast'"]),
     (['--sizes=2+2'], ['such as 2+2x128x4', "'2+2'"]),
     (['--sizes=1+1x16x3'], ['n_embd=16 must be a multiple of n_head=3'])])

@@ -68,8 +68,10 @@ def test_attention_is_left_to_torch_and_other_products_are_not(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *args, **more: seen.setdefault(name, set()).add(matmul.fp32_precision) or real(*args, **more))
     for name in ('bmm', 'baddbmm', 'mm'):
         watch(name)
+    added = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, 'addmm_', lambda *args: seen.setdefault('addmm_', set()).add(matmul.fp32_precision) or added(*args))
     model, (x, y) = make_fold(), batch(2 * l)
     assert manual_backward.install(model)
     matmul.fp32_precision = 'bf16'
     backpropagate(model, x, y)
-    assert seen == {'bmm': {'ieee'}, 'baddbmm': {'ieee'}, 'mm': {'bf16'}} and matmul.fp32_precision == 'bf16'
+    assert seen == {'bmm': {'ieee'}, 'baddbmm': {'ieee'}, 'mm': {'bf16'}, 'addmm_': {'bf16'}} and matmul.fp32_precision == 'bf16'

@@ -158,13 +158,27 @@ def test_training_speed():
     reached = [[fastest(size, mode)['efficiency'] >= 0.95 for mode in ('full', 'truncated')]
                for size in (small, large, small_torch, large_torch)]
     assert reached == [[False, False], [True, True], [True, False], [True, True]], "what the page says of 0.95"
+    assert fastest(large, 'full') is large['full'] and fastest(large_torch, 'full') is not large_torch['full']
     gains = [fastest(a, mode)['tokens_per_s'] / fastest(b, mode)['tokens_per_s']
              for a, b in ((small, small_torch), (large, large_torch)) for mode in ('full', 'gpt')]
     assert says("trains the fold {:.2f} times as fast and the GPT {:.2f} times (6 + 6 layers: {:.2f} and {:.2f} times).".format(*gains))
-    ends = [f"{end(fastest(size, mode)['by_start']):.3f}" for size in (small, small_torch) for mode in ('full', 'truncated')
+    ends = [f"{end(fastest(size, mode)['by_start']):.3f}" for size in (small, large, small_torch) for mode in ('full', 'truncated')
             for end in (min, max)]
-    assert says("lies between {} and {} in full, between {} and {} truncated (two threads), by torch's own products between "
-                "{} and {}, and {} and {}.".format(*ends))
+    assert says("of 2 + 2 layers lies between {} and {} in full, between {} and {} truncated; of 6 + 6 layers between {} and {}, and "
+                "{} and {}; by torch's own products, 2 + 2 layers, between {} and {}, and {} and {}.".format(*ends))
+
+
+def test_what_was_tried_in_training():
+    tried = result('training_tried.json')
+    assert says("the fold calls {fold} products an update where the GPT calls {gpt}".format(**tried['products_of_an_update']))
+    assert 9 < tried['microseconds_of_a_24x24_product']['onednn'] < 11
+    two, one = tried['tokens_per_s_two_threads'], tried['tokens_per_s_one_thread']
+    gains = [rates['gpt, compiled'] / rates['gpt'] - 1 for rates in (one, two)]
+    assert says("with which the GPT trains {:.0f} to {:.0f} % faster".format(*(100 * gain for gain in gains)))
+    assert all(round(1 - rates['fold, written-out blocks compiled'] / rates['fold, written out'], 2) == 0.05 for rates in (one, two))
+    full = fastest(result('training.json')['speed']['2+2x128x4'], 'full')['efficiency']
+    assert says(f"the fold of 2 + 2 layers has some {full / (1 + gains[1]):.2f};")
+    assert says("took {full}, {truncated}, {recomputed} and {gpt} MB for 192".format(**tried['memory_mb_at_192_tokens_commit_f3df4be_by_torchs_products']))
 
 
 def test_the_summary():
