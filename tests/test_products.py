@@ -58,6 +58,7 @@ def test_training_takes_what_serves_and_says_which(train, tmp_path, monkeypatch,
     assert done.code == 0 and done.globals['config']['products'] == taken and len(calls) == (products != 'torch')
     assert ('do not serve' in done.out) == (products == 'onednn' and not serves)
     path = tmp_path / 'out' / 'last.pt'
+    assert model.SHORT_ROWS == 16
     checkpoint = torch.load(path)
     assert checkpoint['config']['products'] == taken
     assert train(init_from='resume', max_iters=2).globals['config']['products'] == taken
