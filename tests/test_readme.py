@@ -252,6 +252,15 @@ def test_two_runs():
     assert says('nats', *(f'{x:.2f}' for x in result('fold_shakespeare.json')['by_place']))
 
 
+def test_two_runs_by_onednn():
+    fold, gpt = result('shakespeare_onednn.json')['runs'].values()
+    assert fold['products'] == gpt['products'] == 'onednn'
+    assert says("the fold took {:.1f} minutes and has {:.4f} ± {:.3f}, the GPT {:.1f} minutes and {:.4f} ± {:.3f}".format(
+        *(run[key] for run in (fold, gpt) for key in ('minutes', 'loss', 'error'))))
+    was = [result(f'{name}_shakespeare.json')['loss'] for name in ('fold', 'gpt')]
+    assert 0.005 < fold['loss'] - was[0] < 0.015 and 0.005 < was[1] - gpt['loss'] < 0.015
+
+
 def test_context_curve():
     table = {row['history']: row['loss']['mean'] for row in result('probe/shakespeare_fold.json')['context_curve']}
     shown = (0, 12, 24, 36, 48, 72, 144, 288)
