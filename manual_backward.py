@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from model import FoldGPT
 
-GELU_BACKWARD = torch.ops.aten.gelu_backward.default
 SHORT_ROWS = 16  # numbers of a vector register: along rows shorter than that a softmax is slower than across them
+GELU_BACKWARD = torch.ops.aten.gelu_backward.default
 NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
 
 

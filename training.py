@@ -331,8 +331,8 @@ def onednn_products():
 
 
 def choose_products(products):
-    """Who multiplies on this CPU from now on: 'onednn' or 'torch', by a setting of PRODUCTS. (Sets SHORT_ROWS, too.)"""
-    definition.SHORT_ROWS = manual_backward.SHORT_ROWS
+    """Who multiplies on this CPU from now on, by a setting of PRODUCTS: 'onednn' or 'torch'; and attention as is fastest."""
+    definition.SHORT_ROWS = manual_backward.SHORT_ROWS  # not in scripts that do not call this: their runs stay bit for bit
     if products == 'torch' or not onednn_products():
         if products == 'onednn':
             print("oneDNN's products do not serve on this machine; going on with torch's")

@@ -1,7 +1,6 @@
 """Figures in the README's tables, and most of those between them, are those of the files under results/ that it names."""
 import json
 import os
-import statistics
 
 import pytest
 
