@@ -27,10 +27,12 @@ config = configure(globals())
 import bench_training  # noqa: E402
 
 of_training = [part for part in parts.split(',') if part != 'generation']
-if of_training:
-    bench_training.measure({**bench_training.defaults(), 'parts': ','.join(of_training), 'device': device,
-                            'results_dir': results_dir})
+if unknown := set(parts.split(',')) - {'generation', 'speed', 'memory', 'longest'}:
+    raise SystemExit(f"error: parts are generation, speed, memory and longest, not {sorted(unknown)[0]!r}")
+settings_of_training = {**bench_training.defaults(), 'parts': ','.join(of_training), 'device': device, 'results_dir': results_dir,
+                        **{key: config[key] for key in ('threads', 'rounds') if key in _given}}
 if of_training == parts.split(','):
+    bench_training.measure(settings_of_training)
     raise SystemExit(0)
 
 import torch  # noqa: E402
@@ -143,6 +145,8 @@ def picture(path, table):
     fig.savefig(path, dpi=110)
 
 
+if of_training:
+    bench_training.check(settings_of_training)
 at_least(config, gpt_window=1, window_tokens=1, rounds=1, threads=1)
 lengths = numbers('contexts', contexts, least=1)
 device = ckpt.pick_device(device)
@@ -193,3 +197,5 @@ ckpt.save_result(os.path.join(results_dir, 'generation.json'), {
     'resident_mb': fold_memory})
 picture(os.path.join(results_dir, 'generation.png'), table)
 print(f"written to {results_dir}: generation.json, generation.png")
+if of_training:
+    bench_training.measure(settings_of_training)

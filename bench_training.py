@@ -82,7 +82,7 @@ def make(mode, size, T, c):
         loss, _ = training.backpropagate(trained, x, y, device=c['device'], autocast=autocast, **how)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=c['compile'] != 'graphs')
         return loss
     return model, optimizer, update
 
@@ -227,6 +227,8 @@ def memory_point(mode, size, T, c):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     x, y = batch(T, c)
+    if c['device'].startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats()  # what is compiled was tried out
     before = peak_mb(c['device'])
     updates, start = max(1, 1536 // T), time.perf_counter()
     for _ in range(updates):
@@ -285,18 +287,23 @@ def longest(mode, size, c):
             return False
         points.append(point)
         return True
-    T = c['bptt_segments'] * l
-    while attempt(min(T, cap)) and T < cap and points[-1]['training_mb'] < (budget - points[-1]['before_mb']) / 4:
-        T *= 2
-    if not points:
-        return {'block_size': 0, 'capped': False}
+    T = min(c['bptt_segments'] * l, cap)
+    while not attempt(T):
+        if T == l:
+            return {'block_size': 0, 'capped': False}
+        T = max(l, T // 2 // l * l)
+    while T < cap and points[-1]['training_mb'] < (budget - points[-1]['before_mb']) / 4 and attempt(min(2 * T, cap)):
+        T = points[-1]['block_size']
+    if len(points) == 1 and T > l and attempt(max(l, T // 2 // l * l)):
+        points.reverse()
     if len(points) > 1 and T < cap:
         room = (budget - points[-1]['peak_mb']) / max(slope(points), 1e-9)
-        T = min(cap, int(points[-1]['block_size'] + room)) // l * l
-        while T > points[-1]['block_size'] and not attempt(T):
-            T = int(0.97 * T) // l * l
-        while T < cap and attempt(int(1.03 * T) // l * l):  # one that fails is at most 3 % longer
-            T = points[-1]['block_size']
+        more = min(cap, int(T + room)) // l * l
+        while more > T and not attempt(more):
+            more = int(0.97 * more) // l * l
+        T = max(T, more)
+    while T < cap and attempt(min(cap, max(T + l, int(1.03 * T) // l * l))):  # one that fails is a segment or 3 % longer
+        T = points[-1]['block_size']
     best = max(points, key=lambda point: point['block_size'])
     return {**best, 'capped': best['block_size'] >= cap, 'mb_per_token': slope(points) if len(points) > 1 else None}
 
@@ -346,18 +353,22 @@ def defaults():
 
 
 def check(c):
-    """Refuse what would fail later. Raises SystemExit."""
+    """Settings with device and processes found. Raises SystemExit for any that would fail later."""
     import torch
-    from checkpoint import make_model
+    from checkpoint import make_model, pick_device
     from training import COMPILE, PRODUCTS
     unknown = set(c['parts'].split(',')) - {'speed', 'memory', 'longest'}
     if unknown:
         raise SystemExit(f"error: parts are speed, memory and longest, not {sorted(unknown)[0]!r}")
-    at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1, tries=1)
+    at_least(c, segment_size=1, window=1, batch_size=1, bptt_segments=1, vocab_size=1, starts=1, rounds=1, steps=1, tries=1,
+             threads=0, longest_cap=c['segment_size'], memory_limit_gb=0.1, budget_gb=0.1)
     if c['products'] not in PRODUCTS:
         raise SystemExit(f"error: products must be 'auto', 'onednn' or 'torch', not {c['products']!r}")
     if c['compile'] not in COMPILE:
         raise SystemExit(f"error: compile must be one of {', '.join(COMPILE)}, not {c['compile']!r}")
+    c = {**c, 'device': pick_device(c['device'])}
+    if c['processes'] == 'auto':
+        c['processes'] = '1,2' if c['device'] == 'cpu' and (os.cpu_count() or 1) > 1 and c['batch_size'] % 2 == 0 else '1'
     for n in numbers('processes', c['processes'], least=1):
         if c['batch_size'] % n:
             raise SystemExit(f"error: {n} processes cannot share batch_size={c['batch_size']} sequences equally")
@@ -366,17 +377,24 @@ def check(c):
     for size in c['sizes'].split(','):
         make_model('fold', model_settings(size, c['window'], c))
     numbers('block_sizes', c['block_sizes'], least=1, multiple=c['segment_size'])
+    return c
 
 
 def measure(c):
-    """All parts asked for; c: the settings. Prints a table and writes training.json and training.png."""
+    """All parts asked for; c: the settings. Prints a table and writes training.json and training.png.
+
+    Raises SystemExit for settings that cannot be, and if it is interrupted.
+    """
+    try:
+        measure_parts(check(c))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what was measured to its end is kept") from None
+
+
+def measure_parts(c):
     import torch
     import training
-    from checkpoint import ROOT, load_result, pick_device, portable, provenance, save_result
-    c, (first, *_) = {**c, 'device': pick_device(c['device'])}, c['sizes'].split(',')
-    if c['processes'] == 'auto':
-        c['processes'] = '1,2' if c['device'] == 'cpu' and (os.cpu_count() or 1) > 1 and c['batch_size'] % 2 == 0 else '1'
-    check(c)
+    from checkpoint import ROOT, load_result, portable, provenance, save_result
     if c['device'] == 'cpu':
         c['products'] = training.choose_products(c['products'])  # what 'auto' is here, for the record too
     if c['threads']:
@@ -393,12 +411,11 @@ def measure(c):
             print(f"{part}:")
             results[part], made[part] = {}, how
             for mode in MODES:
-                results[part][mode] = work(mode, first, c)
+                results[part][mode] = work(mode, c['sizes'].split(',')[0], c)
                 save_result(path, results)
     print(table(results))
     if 'memory' in results:
         draw(results, path.removesuffix('.json') + '.png')
-    return results
 
 
 if __name__ == '__main__':
@@ -407,7 +424,4 @@ if __name__ == '__main__':
     elif sys.argv[1:2] == ['speed']:
         speed_side(*json.loads(sys.argv[2]))
     else:
-        try:
-            measure(configure(globals()))
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; what was measured to its end is kept") from None
+        measure(configure(globals()))

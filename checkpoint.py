@@ -28,9 +28,12 @@ def pick_device(device='auto'):
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        if device.split(':')[0] not in ('cpu', 'cuda', 'mps'):
+        if device.split(':')[0] not in ('cpu', 'cuda', 'mps') or device == 'cuda' and not torch.cuda.is_available():
             raise ValueError
-        torch.empty(1, device=device)
+        if device != 'cuda':  # which of several processes is to have is not settled yet
+            torch.empty(1, device=device)
+        if device.startswith('cuda:'):
+            torch.cuda.set_device(device)  # for what takes no device, such as torch.cuda.synchronize()
     except Exception:  # torch raises RuntimeError, AssertionError or its own kinds, by device
         raise SystemExit(f"error: device={device!r} is not available here; --device=auto finds one that is") from None
     return device
@@ -101,7 +104,7 @@ def trim_log(path, keep):
             try:
                 if keep(json.loads(line)):
                     f.write(line.rstrip('\n') + '\n')
-            except ValueError:  # torn
+            except (ValueError, TypeError, KeyError):  # torn, or no record
                 pass
     os.replace(path + '.tmp', path)
 
@@ -209,7 +212,8 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     try:
         load_weights(model, checkpoint['model'])
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        had = ', '.join(f'{key}={value}' for key, value in checkpoint['model_args'].items() if key.startswith('n_') or 'size' in key)
+        raise SystemExit(f"error: {error}; the checkpoint has {had}: take as many layers, and no longer window") from None
     return model.to(device)
 
 

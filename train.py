@@ -88,6 +88,8 @@ def check_config():
     at_least(config, batch_size=1, gradient_accumulation_steps=1, block_size=1, stretch=0, max_iters=0, warmup_iters=0,
              lr_decay_iters=0, eval_interval=1, eval_tokens=0, log_interval=1, threads=0, learning_rate=0.0, min_lr=0.0,
              weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
+    if eval_tokens == 1:
+        raise SystemExit("error: eval_tokens=1 leaves no token to predict: take 2 or more, or 0 for all")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise SystemExit(f"error: beta1={beta1} and beta2={beta2} must lie in [0, 1)")
     if decay_lr and min_lr > learning_rate:
@@ -106,6 +108,8 @@ def check_config():
     if batch_size * block_size // (stretch or block_size) % WORLD:
         raise SystemExit(f"error: {WORLD} processes cannot share batch_size={batch_size} sequences equally"
                          f"{f', in stretches of {stretch // block_size}' if stretch else ''}")
+    if out_dir.rstrip(os.sep) == ROOT:
+        raise SystemExit("error: out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
     found = [name for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else [])
              if name != 'log.jsonl' and not name.endswith('.tmp')]
     if found and init_from != 'resume' and not overwrite:
@@ -178,7 +182,7 @@ def train_step(it):
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=compile != 'graphs')  # a graph's next replay would write where its gradients were
     return training.mean(total)
 
 
@@ -190,12 +194,13 @@ def stop_unless_finite(value, what, it):
 
 def write_log(**record):
     """Append one JSON record to log.jsonl; each names the data set, since the offline one may have been taken."""
-    if RANK == 0:
+    def append():
         try:
             with open(log_path, 'a') as f:
                 f.write(json.dumps({**record, 'dataset': dataset}) + '\n')
         except OSError as error:
             raise SystemExit(f"error: cannot write {log_path}: {error.strerror}; the checkpoints are kept") from None
+    training.from_writer(append)
 
 
 def evaluate(it):
@@ -223,30 +228,30 @@ def save_run(it, best=False):
         'config': config, 'tokenizer': meta['tokenizer'],
         'data': {'dataset': dataset, 'wanted': wanted, 'sha256': meta['sha256']}, 'provenance': made_by}
     for path in [best_path] * best + [last_path]:
-        if RANK == 0:
-            save(path, checkpoint)
+        training.from_writer(lambda: save(path, checkpoint))
 
 
 # --- set up -----------------------------------------------------------------------------------------------------
+checkpoint = None
+if init_from == 'resume':  # a run that was stopped between its first two files has ckpt.pt alone, of the same content
+    checkpoint = load(best_path if os.path.exists(best_path) and not os.path.exists(last_path) else last_path)
+elif init_from != 'scratch':
+    checkpoint = load(find_file(init_from))
+if init_from == 'resume':  # goes on as before; the model stays what it is, other settings may be given anew
+    kept = {**checkpoint['model_args'], 'model_type': checkpoint['model_type'], 'dataset': checkpoint['data']['dataset']}
+    here = {'init_from', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads'} | _given
+    before = {'products': 'torch', **checkpoint['config']}  # checkpoints without that key had no choice
+    for key, value in ({k: v for k, v in before.items() if k not in here} | kept).items():
+        if key in _given and key in config and config[key] != value and RANK == 0:
+            print(f"resume: {key} stays {value!r}")
+        if key in config:
+            config[key] = globals()[key] = value
 check_config()
 if threads:
     torch.set_num_threads(threads)
 device = training.join(pick_device(device))
 if device == 'cpu':
     training.keep_freed_memory()
-checkpoint = None
-if init_from != 'scratch':
-    checkpoint = load(last_path if init_from == 'resume' else find_file(init_from))
-if init_from == 'resume':  # goes on as before; the model stays what it is, other settings may be given anew
-    kept = {**checkpoint['model_args'], 'model_type': checkpoint['model_type'], 'dataset': checkpoint['data']['dataset']}
-    here = {'init_from', 'overwrite', 'out_dir', 'data_dir', 'device', 'dtype', 'threads', 'compile'} | _given
-    before = {'products': 'torch', **checkpoint['config']}  # checkpoints without that key had no choice
-    for key, value in ({k: v for k, v in before.items() if k not in here} | kept).items():
-        if key in _given and key in config and config[key] != value:
-            print(f"resume: {key} stays {value!r}")
-        if key in config:
-            config[key] = globals()[key] = value
-if device == 'cpu':
     products = config['products'] = training.choose_products(products)
 wanted = checkpoint['data']['wanted'] if init_from == 'resume' else dataset
 dataset, meta = training.from_writer(find_data)
@@ -260,8 +265,8 @@ if checkpoint and checkpoint.get('tokenizer', meta['tokenizer']) != meta['tokeni
 train_data, val_data = (np.memmap(os.path.join(data_dir, dataset, f'{name}.bin'), dtype=np.uint16, mode='r')
                         for name in ('train', 'val'))
 if len(train_data) <= max(block_size, stretch) or len(val_data[:eval_tokens or None]) < 2:
-    raise SystemExit(f"error: data set '{dataset}' is too short ({len(train_data)} training tokens) for sequences of "
-                     f"{max(block_size, stretch)} tokens: lower block_size or take a longer text")
+    raise SystemExit(f"error: data set '{dataset}' is too short ({len(train_data)} training and {len(val_data)} validation "
+                     f"tokens) for sequences of {max(block_size, stretch)} tokens: lower block_size or take a longer text")
 val_data = torch.from_numpy(val_data[:eval_tokens or None].astype(np.int64)).to(device)
 
 torch.manual_seed(seed)
@@ -272,6 +277,9 @@ elif init_from == 'resume':
     model = load_model(checkpoint, device=device)
 else:
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'carry', 'dropout')
+    for key, value in checkpoint['model_args'].items():
+        if key in _given and key not in own and config.get(key, value) != value:
+            print(f"init_from: {key} stays {value!r}")
     model = load_model(checkpoint, model_type, device, **{key: config[key] for key in own})
     if model.config.vocab_size < meta['vocab_size']:
         raise SystemExit(f"error: the checkpoint knows {model.config.vocab_size} tokens, data set '{dataset}' has "
@@ -308,9 +316,9 @@ if init_from == 'resume':
     if stream and checkpoint.get('stream'):
         walk.load(checkpoint['stream'], device)
 made_by = {**provenance(device), 'processes': WORLD}
-if RANK == 0:  # what is written again from here on goes, a finished run's last evaluation too
-    open_run(out_dir, init_from != 'resume', lambda record: start and (record['iter'] < start or record[
-        'iter'] == start and not (start >= max_iters and 'val_loss' in record)))
+# what is written again from here on goes, a finished run's last evaluation too
+training.from_writer(lambda: open_run(out_dir, init_from != 'resume', lambda record: start and (
+    record['iter'] < start or record['iter'] == start and not (start >= max_iters and 'val_loss' in record))))
 write_log(event='start', iter=start, config=config, parameters=model.num_params(), **made_by)
 print(f"{model_type} with {model.num_params():,} parameters on {device} ({made_by['hardware']}), "
       f"{f'{WORLD} processes, ' if WORLD > 1 else ''}{'bfloat16' if half else 'float32'}; "

@@ -179,6 +179,8 @@ def join(device):
     """Meet the processes that torchrun started: one GPU each with nccl, else gloo. Returns this one's device."""
     if WORLD == 1:
         return device
+    if 'MASTER_ADDR' not in os.environ:
+        raise SystemExit(f"error: WORLD_SIZE={WORLD} is set, but not by torchrun: unset it, or start with torchrun")
     if RANK:
         sys.stdout = open(os.devnull, 'w')  # one process prints
     cuda = device.startswith('cuda')
@@ -217,11 +219,19 @@ def parallel(model, device):
 
 
 def from_writer(make):
-    """What make() returns in the one process that writes; all get it, and wait for it."""
+    """What make() returns in the one process that writes; all get it, and wait for it. If it raises SystemExit there,
+    the others end as well, without a word: they would wait for a process that is gone."""
     if WORLD == 1:
         return make()
-    box = [make() if RANK == 0 else None]
+    box, error = [None, True], None
+    if RANK == 0:
+        try:
+            box = [make(), False]
+        except SystemExit as refused:
+            error = refused
     dist.broadcast_object_list(box)
+    if box[1]:
+        raise error or SystemExit(1)
     return box[0]
 
 
@@ -391,4 +401,7 @@ def compile_model(model, B, how, device, autocast=nullcontext()):
     finally:
         model.zero_grad(set_to_none=True)
     setattr(model, name, step)
+    if how == 'graphs':  # gradients are added to these: those that a graph gives lie where its next replay writes
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
     return True

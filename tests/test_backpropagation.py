@@ -158,3 +158,19 @@ def test_a_memory_point_is_the_median_of_its_processes(monkeypatch):
     monkeypatch.setattr(bench_training, 'in_own_process', lambda mode, size, T, c: {'block_size': T, 'peak_mb': next(peaks)})
     points = bench_training.memory_curve('full', '1+1x8x1', {'block_sizes': '12,24', 'tries': 3, 'segment_size': 12, 'memory_limit_gb': 1.0})
     assert [point['peak_mb'] for point in points] == [3.0, 8.0]
+
+
+@pytest.mark.parametrize('per_token, chunk, l', [(1.2, 4, 64), (6.0, 4, 12), (0.01, 16, 12), (10.0, 4, 12), (100.0, 16, 12), (400.0, 4, 12), (0.001, 16, 12)])
+def test_the_longest_sequence_is_found(monkeypatch, per_token, chunk, l):
+    """Where a token takes so many MB of 1700, up to 20000 tokens: within 3 % or a segment, in few tries, from any start."""
+    import bench_training
+    tried = []
+
+    def point(mode, size, T, c):
+        tried.append(T)
+        return {'block_size': T, 'before_mb': 300, 'training_mb': per_token * T, 'peak_mb': 300 + per_token * T}
+    monkeypatch.setattr(bench_training, 'in_own_process', point)
+    found = bench_training.longest('full', '1+1x8x1', dict(budget_gb=2.0, bptt_segments=chunk, segment_size=l, longest_cap=20000))
+    best, cap = found['block_size'], 20000 // l * l
+    assert found['capped'] == (best == cap) and best % l == 0 and len(tried) < 25
+    assert best == min(cap, 1700 / per_token // l * l) if best < 33 * l else 0.97 * min(cap, 1700 / per_token) <= best <= 1700 / per_token

@@ -9,6 +9,7 @@ import training
 from conftest import ROOT
 from folds import VOCAB, assert_close, assert_same_runs, batch, gradients, l, make_fold
 from model import GPT, GPTConfig
+from test_train import records
 from training import backpropagate
 
 
@@ -39,6 +40,25 @@ def test_the_compiled_step_is_used_and_gives_the_same(monkeypatch):
     gpt(x[:, :5])
     assert len(calls) == 16
     torch.testing.assert_close(gpt.eval().read(x)[0], gpt(x)[0][:, -1])  # through the cache, and compiled
+
+
+def test_gradients_stay_where_a_graph_does_not_write(train, monkeypatch, tmp_path):
+    """Several backward passes an update, replayed as CUDA graphs, would each write where the one before left its gradients."""
+    real, step, places = torch.compile, torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch, 'compile', lambda function, **how: real(function, backend='aot_eager', dynamic=False))
+
+    def noted(optimizer, *args):
+        places.append([p.grad.data_ptr() for group in optimizer.param_groups for p in group['params']])
+        return step(optimizer, *args)
+    how = dict(bptt_segments=2, gradient_accumulation_steps=2, max_iters=3, dropout=0.0)
+    train(out_dir=tmp_path / 'a', compile='off', **how)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', noted)
+    assert train(out_dir=tmp_path / 'b', compile='graphs', **how).code == 0
+    assert len(places) == 3 and places[0] == places[1] == places[2]
+    a, b = ([loss for _, loss in records(tmp_path / name, 'loss')] for name in 'ab')
+    assert a == pytest.approx(b, abs=1e-5)
+    model = make_fold().float()
+    assert training.compile_model(model, 2, 'graphs', 'cpu') and all(p.grad is not None for p in model.parameters())
 
 
 def test_a_compiler_that_fails_is_left_out_with_a_line(train, monkeypatch, tmp_path):

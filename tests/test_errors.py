@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+import bench_training
 import prepare as prepare_module
+from checkpoint import pick_device
 from conftest import ROOT
 
 
@@ -111,7 +113,8 @@ def test_an_unwritable_folder(train, tmp_path):
     (dict(device='meta'), ["device='meta' is not available"]),
     (dict(beta1=1.0), ['beta1=1.0']),
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
-    (dict(eval_tokens=1), ['too short']),
+    (dict(eval_tokens=1), ['eval_tokens=1', '2 or more']),
+    (dict(out_dir=ROOT), ['out_dir must be a folder of its own']),
     (dict(stretch=24), ['stretch=24 must be a multiple of block_size=16']),
     (dict(stretch=32, stream=True), ['stream=True', 'set stretch=0']),
     (dict(stream=1), ["--stream='1'", 'True or False']),
@@ -147,7 +150,7 @@ def test_a_config_file_that_is_not_there(run):
 def test_checkpoints_that_do_not_fit(train, tmp_path, data_dir):
     train(out_dir=tmp_path / 'a')
     source = tmp_path / 'a' / 'ckpt.pt'
-    check(train(init_from=source, n_global=2), 'do not fit', 'transformer.h.2')
+    check(train(init_from=source, n_global=2), 'do not fit', 'transformer.h.2', 'n_global=1', 'take as many layers')
     check(train('gpt', init_from=source, block_size=16), 'wpe.weight', '[16, 16]')
     saved = torch.load(source, weights_only=True)
     saved['tokenizer']['chars'] = saved['tokenizer']['chars'].replace('.', '/')
@@ -213,7 +216,43 @@ def test_help_names_every_key_with_default_and_comment(run, script):
     (['--products=mkl'], ["products must be 'auto', 'onednn' or 'torch', not 'mkl'"]),
     (['--compile=fast'], ['compile must be one of auto', "'fast'"]),
     (['--sizes=2+2'], ['such as 2+2x128x4', "'2+2'"]),
+    (['--threads=-1'], ['threads must be at least 0']),
+    (['--budget_gb=0'], ['budget_gb must be at least 0.1']),
     (['--sizes=1+1x16x3'], ['n_embd=16 must be a multiple of n_head=3'])])
 def test_training_benchmark(run, tmp_path, args, parts):
     check(run('bench_training.py', *args, f'--results_dir={tmp_path}'), *parts)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--parts=generation,speeds'], ['parts are generation, speed, memory and longest', "'speeds'"]),
+    (['--parts=speed', '--rounds=0'], ['rounds must be at least 1']),
+    (['--parts=generation,speed', '--out_dir=nowhere'], ['no checkpoint at'])])
+def test_benchmark(run, tmp_path, monkeypatch, args, parts):
+    """Before anything is measured."""
+    monkeypatch.setattr(bench_training, 'measure_parts', lambda c: pytest.fail('measured'))
+    check(run('bench.py', *args, f'--results_dir={tmp_path}'), *parts)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_benchmark_hands_on_what_is_given(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_training, 'measure_parts', seen.append)
+    assert run('bench.py', '--parts=memory', '--threads=3').code == 0 and run('bench.py', '--parts=memory,speed').code == 0
+    usual = bench_training.defaults()
+    assert [(c['parts'], c['threads'], c['rounds']) for c in seen] == [('memory', 3, usual['rounds']), ('memory,speed', 0, usual['rounds'])]
+
+    def interrupted(c):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bench_training, 'measure_parts', interrupted)
+    assert 'stopped; what was measured' in run('bench.py', '--parts=memory').err
+
+
+def test_a_device_with_a_number_is_the_current_one(monkeypatch):
+    """What asks for no device, such as synchronize, means it; without a number nothing is taken of the first."""
+    taken, current = [], []
+    monkeypatch.setattr(torch, 'empty', lambda n, device: taken.append(device))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    assert pick_device('cuda') == 'cuda' and (taken, current) == ([], [])
+    assert pick_device('cuda:1') == 'cuda:1' and (taken, current) == (['cuda:1'], ['cuda:1'])

@@ -10,15 +10,15 @@ from conftest import ROOT
 from test_train import records
 
 
-def in_processes(n, data_dir, out_dir, **settings):
-    """A run of train.py in n gloo processes, that of conftest's settings."""
+def in_processes(n, data_dir, out_dir, refused='', **settings):
+    """A run of train.py in n gloo processes, that of conftest's settings; what it prints, or why it is refused."""
     how = dict(data_dir=data_dir, dataset='tiny', out_dir=out_dir, device='cpu', n_embd=16, n_head=2, n_local=1, n_global=1,
                segment_size=4, batch_size=4, log_interval=1, warmup_iters=2, threads=1, **settings)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
     done = subprocess.run([*command, os.path.join(ROOT, 'train.py'), *(f'--{key}={value}' for key, value in how.items())],
                           capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert (done.returncode == 0) == (not refused) and refused in done.stderr, done.stderr[-3000:]
+    return done.stderr if refused else done.stdout
 
 
 @pytest.mark.parametrize('mode', [
@@ -38,6 +38,15 @@ def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
         one, two = ([pair for pair in records(tmp_path / name, key) if pair[0] != 35 or key == 'loss'] for name in ('one', 'two'))
         assert [it for it, _ in one] == [it for it, _ in two] and len(one) == (50 if key == 'loss' else 2)
         assert [x for _, x in two] == pytest.approx([x for _, x in one], abs=1e-5)
+
+
+@pytest.mark.parametrize('full', ['out', 'log.jsonl', 'last.pt'])
+def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path, full):
+    """Where the folder, the log or the checkpoint is to be, something else is: one line, no traceback of the other
+    (torchrun adds its own)."""
+    (tmp_path / 'out' / full / 'x').mkdir(parents=True) if full != 'out' else (tmp_path / 'out').write_text('')
+    err = in_processes(2, data_dir, tmp_path / 'out', 'error: cannot write', block_size=16, max_iters=2, overwrite=True)
+    assert 'RuntimeError' not in err and 'train.py", line' not in err and err.count('error: cannot write') == 1
 
 
 def test_the_benchmark_in_two_processes_makes_the_same_update(tmp_path, monkeypatch):
@@ -80,6 +89,7 @@ def test_the_benchmark_ends_when_one_of_its_processes_does(monkeypatch):
         for command in ('input()', 'exit(3)'):  # the first waits for the second
             side.append(subprocess.Popen([sys.executable, '-c', command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
     monkeypatch.setattr(bench_training, 'launch', launch)
+    monkeypatch.setattr('checkpoint.pick_device', lambda device: device)
     with pytest.raises(SystemExit, match="2 processes find no device each on 'mps'"):
         bench_training.check({**bench_training.defaults(), 'processes': '1,2', 'device': 'mps'})
     with pytest.raises(SystemExit, match='process 1 of full, 2 processes at 1x1x8 ended with code 3'):
