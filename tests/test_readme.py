@@ -168,11 +168,9 @@ def test_training_speed():
     assert all(fastest(small, mode) is small[f'{mode}, 2 processes'] for mode in ('full', 'truncated'))
 
 
-def test_a_needle_at_all_places_and_with_another_rounding():
-    for name, right in (('all_places', 200), ('other_rounding', 192)):
-        found = {row['distance']: row['right'] for row in result(f'needle/fold_gated_1339_{name}.json')['recall']}
-        assert max(found) == 49152 and set(found.values()) == {right}
-        assert says(f"{right} of 200 at each")
+def test_a_needle_with_another_rounding():
+    found = {row['distance']: row['right'] for row in result('needle/fold_gated_1339_other_rounding.json')['recall']}
+    assert set(found.values()) == {192} and says(f"recalled 192 of 200 at each distance up to {max(found):,}")
 
 
 def test_what_was_tried_in_training():
