@@ -100,7 +100,8 @@ def measure_generation():
                 if turn:
                     speed.setdefault((name, c), []).append(rate)
         prompt = random_tokens(gpt_window)
-        rate = window_tokens / 4 / seconds(lambda: generate_uncached(gpt, prompt, max(1, window_tokens // 4)))
+        n = max(1, window_tokens // 4)
+        rate = n / seconds(lambda: generate_uncached(gpt, prompt, n))
         if turn:
             speed.setdefault(('gpt uncached', gpt_window), []).append(rate)
         print(f"round {turn} of {rounds}", file=sys.stderr)

@@ -61,8 +61,9 @@ def numbers(key, text, least=0, multiple=1):
     Raises SystemExit unless they are numbers, not below `least` and multiples of `multiple`.
     """
     parts = [part.strip() for part in text.split(",")]
-    found = sorted({int(part) for part in parts if part.isdigit()})
-    if all(part.isdigit() for part in parts) and found[0] >= least and not any(n % multiple for n in found):
+    whole = [part.isascii() and part.isdigit() for part in parts]
+    found = sorted({int(part) for part, fine in zip(parts, whole) if fine})
+    if all(whole) and found[0] >= least and not any(n % multiple for n in found):
         return found
     kind = f", multiples of {multiple}" if multiple > 1 else ""
     raise SystemExit(f"error: {key} must be whole numbers from {least} on{kind}, separated by commas, not {text!r}")

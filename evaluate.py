@@ -3,6 +3,7 @@ How loss is measured: over a whole split, deterministic, in nats per token, ever
 
     python evaluate.py --out_dir=out/fold_shakespeare
 """
+import math
 import os
 
 from configurator import configure
@@ -88,9 +89,11 @@ def mean_and_error(losses):
 
 
 def by_place(model, tokens):
-    """Mean loss at each place of a segment, or of a window that starts cold: (l,) or (W,) nats."""
+    """Mean loss at each place of a segment, or of a window that starts cold: (l,) or (W,) nats; (0,) of a text without any."""
     fold = isinstance(model, FoldGPT)
     W = model.config.segment_size if fold else model.config.block_size
+    if len(tokens) <= W:
+        return torch.zeros(0)
     if fold:
         losses = token_losses(model, tokens)
     else:  # windows side by side
@@ -102,27 +105,45 @@ def by_place(model, tokens):
     return losses[:len(losses) // W * W].view(-1, W).mean(dim=0)
 
 
+def validation_ids(saved, path, data_dir):
+    """The validation split of the data set that a checkpoint was trained on: (N,) uint16, a NumPy array.
+
+    saved, path: the checkpoint's dictionary and where it comes from, for the messages.
+    Raises SystemExit if it names no data set, or if what is in data_dir has another text or other tokens.
+    """
+    import numpy as np
+
+    import checkpoint as ckpt
+    from prepare import load_meta
+    if 'data' not in saved:
+        raise SystemExit(f"error: {path} does not name its data set: name a run of train.py with --out_dir")
+    folder = os.path.join(ckpt.ROOT, data_dir, saved['data']['dataset'])
+    meta = load_meta(folder)
+    if meta['sha256'] != saved['data']['sha256'] or meta['tokenizer'] != saved['tokenizer']:
+        raise SystemExit(f"error: {folder} is not what {path} was trained on (another text or tokenizer): prepare that again")
+    return np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
+
+
 def main():
     """Score a run's ckpt.pt on the validation split of the data set that it was trained on."""
     import numpy as np
 
     import checkpoint as ckpt
-    from prepare import load_meta
     where = ckpt.pick_device(device)
     path = ckpt.find_file(os.path.join(ckpt.ROOT, out_dir) if out_dir else ckpt.newest_run())
     saved = ckpt.load(path, where)
     model = ckpt.load_model(saved, device=where).eval()
-    folder = os.path.join(ckpt.ROOT, data_dir, saved['data']['dataset'])
-    if load_meta(folder)['sha256'] != saved['data']['sha256']:
-        raise SystemExit(f"error: {folder} is not the text that {path} was trained on: prepare that one again")
-    tokens = torch.from_numpy(np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16).astype(np.int64)).to(where)
+    tokens = torch.from_numpy(validation_ids(saved, path, data_dir).astype(np.int64)).to(where)
     losses = token_losses(model, tokens)
     mean, error = mean_and_error(losses)
+    if not math.isfinite(mean):
+        raise SystemExit(f"error: the loss of {path} is {mean}: its weights give no number")
     places = [round(loss, 4) for loss in by_place(model, tokens).tolist()]
     kind = 'segment, carry kept' if isinstance(model, FoldGPT) else 'window, starting cold'
     print(f"{saved['model_type']}, iteration {saved['iter_num']}: {mean:.4f} +- {error:.4f} nats per token, "
           f"{len(losses):,} tokens of {saved['data']['dataset']}")
-    print(f"by place in the {kind}: {' '.join(f'{loss:.2f}' for loss in places)}")
+    if places:
+        print(f"by place in the {kind}: {' '.join(f'{loss:.2f}' for loss in places)}")
     if results_file:
         ckpt.save_result(results_file, {
             'model': saved['model_type'], 'sizes': saved['model_args'], 'loss': mean, 'error': error, 'tokens': len(losses),

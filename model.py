@@ -13,7 +13,7 @@ this segment]; its output gives the logits and is carried on into the next segme
     X^s_{N,N}                carry                       output of segment s: logits and carry     eq. 15
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import torch
@@ -37,9 +37,9 @@ class GPTConfig:
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
 
     def __post_init__(self):
-        for key, value in vars(self).items():
-            if type(value) is int and value < (key != 'n_local'):
-                raise ValueError(f"{key} must be at least {int(key != 'n_local')}, not {value}")
+        for f in fields(self):
+            if f.type is int and getattr(self, f.name) < (f.name != 'n_local'):
+                raise ValueError(f"{f.name} must be at least {int(f.name != 'n_local')}, not {getattr(self, f.name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -176,6 +176,7 @@ class State(SimpleNamespace):
 
     def pick(self, rows):
         """A copy of some rows, in any order and number: rows is a slice, a list or a tensor of indices."""
+        rows = rows.cpu() if torch.is_tensor(rows) else rows  # `read` is there, and what is elsewhere takes these, too
         return State(**{name: value[rows].clone() for name, value in vars(self).items()})
 
     def clone(self):
@@ -183,6 +184,7 @@ class State(SimpleNamespace):
 
     def put(self, rows, other):
         """Replace some rows, in place, by those of another state, of a new one to reset them."""
+        rows = rows.cpu() if torch.is_tensor(rows) else rows
         for name, value in vars(self).items():
             value[rows] = getattr(other, name)
 
@@ -255,7 +257,7 @@ class GPT(nn.Module):
     def read(self, idx, state=None):
         """Read idx (B, T), any T: logits (B, V) of the token that follows, zeros if nothing has been read, and the new state."""
         state = state.clone() if state else self.new_state(len(idx))
-        return self.read_(idx, state), state
+        return self.read_(idx, state).clone(), state
 
     def step(self, token, state=None):
         """As read, of one token a row: token (B,)."""
@@ -263,7 +265,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def read_(self, idx, state):
-        """As read, in place. Raises FloatingPointError, naming the token, if what the model makes of one is not finite."""
+        """As read, in place; the logits are a tensor of inference mode: clone() makes one that can be written to.
+        Raises FloatingPointError, naming the token, if what the model makes of one is not finite."""
         if len(idx) != len(state.read) or self.training and self.config.dropout:
             raise ValueError("reading takes a row of tokens for every row of the state, and model.eval()")
         counts = set(state.read.tolist())
@@ -307,13 +310,14 @@ class GPT(nn.Module):
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token a row, logits (B, V) -> (B, 1): at temperature 0 the likeliest, else one of the top_k likeliest, or
     of those the fewest that hold the share top_p of the probability."""
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(dim=-1, keepdim=True)
     probs, order = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     if top_k:
         probs[:, top_k:] = 0
     if top_p:
-        probs[probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
+        beyond = probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)
+        probs[:, 1:] = probs[:, 1:].masked_fill(beyond[:, 1:], 0)
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 

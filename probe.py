@@ -15,7 +15,7 @@ import re
 import sys
 import time
 
-from configurator import configure, numbers
+from configurator import at_least, configure, numbers
 
 out_dir = ''        # folder of the run; '' takes the newest under out/
 file = ''           # text to score; '' is the validation split that belongs to the run
@@ -41,9 +41,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import checkpoint as ckpt  # noqa: E402
-from evaluate import per_token, tokens_per_call  # noqa: E402
+from evaluate import per_token, tokens_per_call, validation_ids  # noqa: E402
 from model import FoldGPT  # noqa: E402
-from prepare import Tokenizer, load_meta  # noqa: E402
+from prepare import Tokenizer  # noqa: E402
 
 
 @torch.no_grad()
@@ -126,7 +126,8 @@ def bootstrap(values, stretch, draws, generator):
 
 
 def find_words(tokens, tokenizer, unit):
-    """(first place, number of tokens) of every word of a text: runs of characters, or single tokens that hold a letter."""
+    """(first place, number of tokens) of every word of a text: single tokens that hold a letter, or, where a token is a
+    character, runs of characters."""
     if unit == 'token':
         has_letter = [any(c.isalpha() for c in tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
         return [(i, 1) for i, t in enumerate(tokens.tolist()) if has_letter[t]]
@@ -187,10 +188,13 @@ def word_losses(score, tokens, jobs, l):
 def probe(score, tokens, l, places, c):
     """All measures of one model on one text; c: the settings. Returns a dictionary that JSON can hold."""
     lengths, borders = numbers('histories', c['histories'], multiple=l), numbers('bins', c['bins'])
+    swaps = [history for history in (numbers('swaps', c['swaps']) if c['swaps'] else []) if history in lengths[:-1]]
     N, longest = len(tokens), lengths[-1]
     first, last = -(-longest // l), (N - 1) // l - 1  # target segments with all of the history before them
     if last < first:
         raise SystemExit(f"error: the text has {N} tokens, too few for a history of {longest}: shorten histories")
+    if swaps and N < 10 * longest:  # too likely from the target's own surroundings
+        raise SystemExit(f"error: the text has {N} tokens, too few to swap a history of {longest} for another: --swaps= swaps none")
     starts = torch.linspace(first, last, min(c['targets'], last - first + 1)).long() * l
     stretch = torch.arange(len(starts)) * min(c['stretches'], len(starts)) // len(starts)
     generator = torch.Generator().manual_seed(c['seed'])
@@ -202,7 +206,8 @@ def probe(score, tokens, l, places, c):
     def interval(values, parts):
         return dict(zip(('mean', 'low', 'high'), bootstrap(values, parts, c['draws'], generator)))
     curve = context_curve(score, tokens, starts, lengths, l, progress)    # (histories, M, l)
-    swaps = [history for history in (numbers('swaps', c['swaps']) if c['swaps'] else []) if history in lengths[:-1]]
+    if not curve.isfinite().all():
+        raise SystemExit("error: losses are not finite: the model's weights give no number")
     swapped = dict(zip(swaps, swap_curve(score, tokens, starts, swaps, longest, l, generator, progress)))
     table = []
     for i, history in enumerate(lengths):
@@ -271,6 +276,9 @@ def picture(results, path):
 
 def main():
     """Probe a run's checkpoint."""
+    at_least(config, segment=1, targets=2, words=2, stretches=2, draws=20, threads=0)
+    if units not in ('auto', 'word', 'identifier', 'token'):
+        raise SystemExit(f"error: units must be 'auto', 'word', 'identifier' or 'token', not {units!r}")
     where = ckpt.pick_device(device)
     if threads:
         torch.set_num_threads(threads)
@@ -284,20 +292,19 @@ def main():
     model, tokenizer = ckpt.load_model(saved, device=where).eval(), Tokenizer(saved['tokenizer'])
     if file:
         try:
-            with open(file, encoding='utf-8') as f:
+            with open(file, encoding='utf-8-sig', newline='') as f:  # as prepare.py reads texts
                 ids = tokenizer.encode_array(f.read())
         except (OSError, UnicodeDecodeError) as error:
             raise SystemExit(f"error: cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
     else:
-        folder = os.path.join(ckpt.ROOT, data_dir, saved['data']['dataset'])
-        if load_meta(folder)['sha256'] != saved['data']['sha256']:
-            raise SystemExit(f"error: {folder} is not the text that {path} was trained on: prepare that one again")
-        ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
+        ids = validation_ids(saved, path, data_dir)
     tokens = torch.from_numpy(ids.astype(np.int64))
     l = model.config.segment_size if isinstance(model, FoldGPT) else segment
     unit = units
     if unit == 'auto':
         unit = 'token' if saved['tokenizer']['kind'] != 'char' else 'identifier' if saved['data']['dataset'] == 'python' else 'word'
+    if unit != 'token' and saved['tokenizer']['kind'] != 'char':
+        raise SystemExit(f"error: units={unit!r} are runs of characters, a token of this model is several: take units='token'")
     places = find_words(tokens, tokenizer, unit)
     result = probe(lambda rows, n: last_losses(model, rows.to(where), n), tokens, l, places, config)
     result = {'model': saved['model_type'], 'sizes': saved['model_args'], 'data': saved['data']['dataset'], 'unit': unit,

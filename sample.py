@@ -6,7 +6,6 @@ Continue a text with a trained model; everything needed is in its checkpoint.
     python sample.py --load_state=book.state --start="And so"
 """
 import codecs
-import io
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ import torch  # noqa: E402
 import checkpoint as ckpt  # noqa: E402
 from prepare import Tokenizer  # noqa: E402
 
-BLOCK = 1 << 16  # characters of a prompt that are read at a time
+BLOCK = 1 << 16  # bytes of a prompt that are read at a time, at most
 
 
 def prompt_blocks(start):
@@ -42,30 +41,32 @@ def prompt_blocks(start):
         return
     name = start[5:]
     try:
+        if name == '-' and sys.stdin is None:
+            raise OSError(None, 'it is closed')
         with sys.stdin.buffer if name == '-' else open(os.path.expanduser(name), 'rb') as raw:
-            text = io.TextIOWrapper(raw, encoding='utf-8-sig', newline='')
-            held = ''
-            while block := read_or_stop(text):
-                held += block
+            decoder, held = codecs.getincrementaldecoder('utf-8-sig')(), ''
+            while block := read_or_stop(raw):
+                held += decoder.decode(block)
                 # cut where a word ends: the pieces of GPT-2's tokenizer never reach across
                 ends = (i for i in range(len(held) - 1, 0, -1) if held[i].isspace() and not held[i - 1].isspace())
-                cut = next(ends, len(held))
-                yield held[:cut]
+                cut = next(ends, len(held) if len(held) >= BLOCK else 0)
+                if cut:
+                    yield held[:cut]
                 held = held[cut:]
-            yield held
+            yield held + decoder.decode(b'', final=True)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise SystemExit(f"error: cannot read the prompt {name!r}: {reason}") from None
 
 
-def read_or_stop(text):
-    """The next block of a text; '' at its end, and when Ctrl-C comes while there is nothing to read."""
+def read_or_stop(raw):
+    """What there is to read, at most a block; nothing at the end, and once Ctrl-C has come."""
     global waiting
     waiting = True
     try:
-        return text.read(BLOCK)
+        return b'' if stopped else raw.read1(BLOCK)
     except KeyboardInterrupt:
-        return ''
+        return b''
     finally:
         waiting = False
 
@@ -80,8 +81,6 @@ def read_prompt(state):
         if start.startswith('FILE:'):
             speed = tokens / (time.perf_counter() - before)
             print(f"\rread {tokens:,} tokens, {speed:,.0f} tokens/s ", end='', file=sys.stderr, flush=True)
-        if stopped:
-            break
     if start.startswith('FILE:'):
         print(file=sys.stderr)
         return ''
@@ -115,13 +114,16 @@ if save_state and num_samples > 1:
     raise SystemExit("error: save_state keeps the state of one text: leave num_samples at 1")
 if save_state:
     folder = os.path.dirname(save_state) or '.'
+    if os.path.isdir(save_state):
+        raise SystemExit(f"error: save_state={save_state!r} is a folder: name a file")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise SystemExit(f"error: cannot write {save_state}: {folder} is not a folder that can be written to")
 device = ckpt.pick_device(device)
 path = ckpt.find_file(os.path.join(ckpt.ROOT, out_dir) if out_dir else ckpt.newest_run())
 saved = ckpt.load(path, device)
 if 'tokenizer' not in saved:
-    raise SystemExit(f"error: {path} holds no vocabulary (another program wrote it?), so its tokens cannot be read")
+    raise SystemExit(f"error: {path} holds no vocabulary (another program wrote it?), so its tokens cannot be read: "
+                     f"train.py --init_from={path} --max_iters=0 with its data set makes one that has it")
 tokenizer = Tokenizer(saved['tokenizer'])
 for name, value in saved['model'].items():  # ids beyond the vocabulary, with which some models are padded, say nothing
     if name.endswith(('wte.weight', 'lm_head.weight')):
@@ -137,6 +139,8 @@ if load_state:
     if not seed and rng.shape == generator.get_state().shape:  # else another kind of device drew
         generator.set_state(rng)
 
+if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows another in its place
 stopped = waiting = False
 mine = state
 signal.signal(signal.SIGINT, stop)

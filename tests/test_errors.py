@@ -256,3 +256,6 @@ def test_a_device_with_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', current.append)
     assert pick_device('cuda') == 'cuda' and (taken, current) == ([], [])
     assert pick_device('cuda:1') == 'cuda:1' and (taken, current) == (['cuda:1'], ['cuda:1'])
+    assert pick_device('cpu:0') == 'cpu'
+    with pytest.raises(SystemExit, match="device='cpu:1' is not available"):
+        pick_device('cpu:1')

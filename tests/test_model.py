@@ -337,7 +337,13 @@ def test_sampling_follows_temperature_top_k_and_generator():
     for top_p, kept in ((0.5, {3}), (shares[3] - 0.01, {3}), (shares[3] + 0.01, {2, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
         assert set(draw(top_p=top_p).tolist()) == kept
     assert set(draw(top_k=2, top_p=0.7).tolist()) == {3}  # of the two likeliest, 0.73 and 0.27, one suffices
-    assert set(draw(temperature=0).tolist()) == {3}
+    assert set(draw(temperature=0).tolist()) == set(draw(temperature=1e-46).tolist()) == set(draw(top_p=1e-46).tolist()) == {3}
+
+
+def test_a_whole_number_is_a_share_too():
+    assert GPTConfig(dropout=0, bias=0).dropout == 0  # as configuration files write it
+    with pytest.raises(ValueError, match='n_head must be at least 1, not 0'):
+        GPTConfig(n_head=0)
 
 
 def test_weights_fold_and_unfold():

@@ -141,6 +141,29 @@ def test_the_script_writes_a_table_a_file_and_a_picture(train, run, tmp_path, da
     assert [row['history'] for row in result['context_curve']] == [0, 4, 8, 16] and result['tokens_scored'] == 80
     assert (tmp_path / 'out' / 'probe.png').stat().st_size > 1000
     for bad, words in ((['--histories=0,6'], 'multiples of 4'), (['--histories=0,4,4000'], 'too few for a history'),
-                       (['--bins=9,x'], 'bins must be'), (['--file=nowhere.txt'], 'cannot read')):
+                       (['--histories=0,4,100'], 'too few to swap a history of 100'), (['--bins=9,x'], 'bins must be'),
+                       (['--file=nowhere.txt'], 'cannot read'), (['--units=words'], "not 'words'"), (['--targets=0'], 'targets must'),
+                       (['--stretches=1'], 'stretches must be at least 2'), (['--draws=1'], 'draws must be at least 20')):
         refused = run('probe.py', f"--out_dir={tmp_path / 'out'}", *small, *bad)
-        assert refused.code == 1 and words in refused.err and len(refused.err.strip().splitlines()) == 1
+        assert refused.code == 1 and words in refused.err and len(refused.err.strip().splitlines()) == 1, (bad, refused.out)
+    text = (data_dir / 'tiny.txt').read_text()[-400:]
+    (tmp_path / 'bom.txt').write_bytes(('\ufeff' + text).encode())  # read as prepare.py does
+    done = run('probe.py', f"--out_dir={tmp_path / 'out'}", *small, f"--file={tmp_path / 'bom.txt'}")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize('script', ['evaluate.py', 'probe.py'])
+@pytest.mark.parametrize('change, problem', [
+    (lambda saved: saved['tokenizer'].update(chars=saved['tokenizer']['chars'].replace('.', '/')), 'another text or tokenizer'),
+    (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
+    (lambda saved: saved.pop('data'), 'does not name its data set'),
+    (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(math.nan), 'give')])
+def test_what_is_scored_is_what_was_trained_on_and_gives_numbers(train, run, tmp_path, data_dir, script, change, problem):
+    train(max_iters=1)
+    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
+    small = ['--histories=0,4', '--swaps=', '--targets=5', '--draws=20'] if script == 'probe.py' else []
+    refused = run(script, f"--out_dir={tmp_path / 'out'}", f'--data_dir={data_dir}', '--device=cpu', *small)
+    last = refused.err.strip().splitlines()[-1]
+    assert refused.code == 1 and last.startswith('error: ') and problem in last and 'Traceback' not in refused.err

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,48 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path):
     out, err = (begun + out).decode(), err.decode()
     assert process.returncode == 0 and 'Traceback' not in err
     assert f'{len(out) - 1:,} tokens condensed' in err and (tmp_path / 'state').exists()
+
+
+def test_ctrl_c_loses_nothing_of_a_prompt_that_comes_slowly(model_dir, tmp_path):
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu', '--start=FILE:-',
+                                '--max_new_tokens=0', f"--save_state={tmp_path / 'state'}"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdin.write(TEXT.encode())
+    said = b''
+    while b'tokens/s' not in said:  # all but what may be the beginning of a longer word is read
+        said += process.stderr.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and f'{len(TEXT):,} tokens condensed' in err.decode(), err
+
+
+def test_a_slow_prompt_is_cut_where_words_end(run, model_dir, monkeypatch):
+    names = run('sample.py', f'--out_dir={model_dir}', '--max_new_tokens=0').globals
+
+    class Slow(io.BytesIO):
+        def read1(self, n):
+            return self.read(3)
+    text = 'caf\u00e9 au lait, three, o\u00f9 four'
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=Slow(text.encode())))
+    blocks = list(names['prompt_blocks']('FILE:-'))
+    assert ''.join(blocks) == text and len(blocks) > 3 and all(block[0] == ' ' for block in blocks[1:])
+    monkeypatch.setattr(sys, 'stdin', None)
+    with pytest.raises(SystemExit, match="cannot read the prompt '-'"):
+        list(names['prompt_blocks']('FILE:-'))
+
+
+def test_a_terminal_that_lacks_a_character_loses_nothing(model_dir, tmp_path):
+    saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
+    saved['tokenizer']['chars'] = saved['tokenizer']['chars'][:-1] + '\u00e9'
+    torch.save(saved, model_dir / 'ckpt.pt')
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu', '--start=\u00e9',
+                           '--max_new_tokens=3', f"--save_state={tmp_path / 'state'}"], capture_output=True,
+                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and done.stdout[:1] == b'?' and b'4 tokens condensed' in done.stderr
+
+
+def test_a_folder_cannot_take_the_state(sample, tmp_path):
+    done = sample(f'--save_state={tmp_path}')
+    assert done.code == 1 and 'is a folder: name a file' in done.err and done.out == ''
 
 
 def test_words_are_never_cut_between_two_blocks_of_a_prompt(run, model_dir, tmp_path):

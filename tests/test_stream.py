@@ -68,6 +68,7 @@ def test_any_pieces_equal_the_forward_pass(make, seed):
         sizes.append(min(left, int(torch.randint(1, most + 1, (1,), generator=draw))))
         left -= sizes[-1]
     logits, state = read_in(model, idx, sizes)
+    model.read(idx[:, :3])[0][:, 0] = 0  # can be written to
     ends = torch.tensor(sizes).cumsum(0) - 1
     torch.testing.assert_close(logits, expected[:, ends], **TOLERANCE)
     assert state.read.tolist() == [idx.size(1)] * 3
@@ -134,6 +135,7 @@ def test_rows_can_be_picked_copied_and_reset(make):
     model, idx = make(), torch.randint(VOCAB, (3, 90))
     expected = oracle(model, idx)
     _, state = model.read(idx[:, :31])
+    assert all(torch.equal(value, vars(state)[name][[2, 0]]) for name, value in vars(state.pick(torch.tensor([2, 0]))).items())
     picked = state.pick([2, 0, 2])
     logits, _ = model.read(idx[[2, 0, 2], 31:50], picked)
     torch.testing.assert_close(logits, expected[[2, 0, 2], 49], **TOLERANCE)
