@@ -111,18 +111,18 @@ def trim_log(path, keep):
     os.replace(path + '.tmp', path)
 
 
-def save_task(folder, model, model_type, config, iters, made_by):
-    """Write ckpt.pt of a model trained on a memory task. Raises SystemExit like save."""
+def save_task(folder, model, model_type, config, log, seconds, made_by):
+    """Write ckpt.pt of a model trained on a memory task, with the log of its training. Raises SystemExit like save."""
     save(os.path.join(folder, 'ckpt.pt'), {
         'model_type': model_type, 'model_args': model_args(model), 'model': model.state_dict(), 'config': config,
-        'iter_num': iters, 'provenance': made_by})
+        'iter_num': log[-1]['iter'], 'log': log, 'seconds': seconds, 'provenance': made_by})
     print(f"saved in {folder}")
 
 
-def refuse_to_replace(folder):
-    """Raise SystemExit if a folder holds a run."""
-    if os.path.exists(os.path.join(folder, 'ckpt.pt')):
-        raise SystemExit(f"error: {folder} holds a run: --overwrite=True starts over, --out_dir=... goes elsewhere")
+def refuse_to_replace(folder, name):
+    """Raise SystemExit if a folder holds that part of a run."""
+    if os.path.exists(os.path.join(folder, name)):
+        raise SystemExit(f"error: {folder} holds a run's {name}: --overwrite=True starts over, --out_dir=... goes elsewhere")
 
 
 def fingerprint(model):

@@ -72,12 +72,29 @@ class Run:
 
     def another(self):
         """What its folder holds in place of it: a run with another setting; '' if there is none."""
-        started = [record['config'] for record in self.log() if record.get('event') == 'start']
-        for key, value in self.settings.items() if started and self.has('last.pt') else ():
-            if key != 'dataset' and started[-1].get(key, value) != value:
-                return (f"{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, {started[-1][key]!r} in place of "
-                        f"{value!r}: delete it, or take another out_dir")
+        if not self.has('last.pt'):
+            return ''
+        if self.has('settings.json'):  # what is given in neither is what train.py takes
+            before, keys = self.read('settings.json'), None
+        else:  # a folder of an earlier version; its log names the data set that was taken, not the one wanted
+            before = next((record['config'] for record in self.log()[::-1] if record.get('event') == 'start'), {})
+            keys = before.keys() & self.settings.keys() - {'dataset'}
+        for key in sorted({*before, *self.settings} if keys is None else keys):
+            then, now = (f"{s[key]!r}" if key in s else "train.py's own" for s in (before, self.settings))
+            if then != now:
+                return (f"{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, {then} in place of {now}: "
+                        f"delete it, or take another out_dir")
         return ''
+
+    def read(self, name):
+        """What write left in a file of its folder; None if there is none."""
+        if self.has(name):
+            with open(os.path.join(self.folder, name)) as f:
+                return json.load(f)
+
+    def stale(self, name, how):
+        """Whether a result has to be made: it is missing, or was made in another way than `how`."""
+        return not self.has(name) or self.read(f'how_{name}') not in (None, how)
 
     def complete(self):
         return self.trained() and self.has('last.pt') and self.has('probe.json') and (self.has('samples.json') or not self.sampled)
@@ -96,8 +113,12 @@ def read_comparison(name):
         if type(value) is not type(default[key]):
             raise SystemExit(f"error: {name}: {key} must be of type {type(default[key]).__name__}, not {value!r}")
     c = {**default, **given}
-    if not c['runs'] or not c['seeds'] or any(type(seed) is not int for seed in c['seeds']):
-        raise SystemExit(f"error: {name}: runs must name at least one run, and seeds be whole numbers")
+    if not c['runs'] or not c['seeds'] or any(type(seed) is not int for seed in c['seeds']) or len(set(c['seeds'])) < len(c['seeds']):
+        raise SystemExit(f"error: {name}: runs must name at least one run, and seeds be different whole numbers")
+    for kind, of in ((dict, [*c['runs'].values(), *c['ablations'].values()]), (str, c['prompts'])):
+        for value in of:
+            if type(value) is not kind:
+                raise SystemExit(f"error: {name}: a run must be a dict of settings and a prompt a text, not {value!r}")
     for key in ('same_window', 'full_window'):
         if c[key] and c[key] not in c['runs']:
             raise SystemExit(f"error: {name}: {key}={c[key]!r} is none of the runs")
@@ -111,6 +132,9 @@ def plan(c, folder):
     wanted += [(name, c['seeds'][0], over, c['ablation_tokens'], True) for name, over in c['ablations'].items()]
     for name, s, over, total, ablation in wanted:
         settings = {'batch_size': 16, 'block_size': 192, 'gradient_accumulation_steps': 1, **c['common'], **over}
+        for key in ('batch_size', 'block_size', 'gradient_accumulation_steps'):
+            if type(settings[key]) is not int or settings[key] < 1:
+                raise SystemExit(f"error: run {name!r}: {key} must be a whole number from 1 on, not {settings[key]!r}")
         update = settings['batch_size'] * settings['block_size'] * settings['gradient_accumulation_steps']
         if total < update or total % update:
             raise SystemExit(f"error: run {name!r} has {update} tokens an update, which must divide the {total} of "
@@ -172,6 +196,7 @@ def train(run):
         raise RuntimeError(run.another())
     if run.trained() and run.has('last.pt'):
         return
+    write(run, 'settings.json', run.settings)
     how = '--init_from=resume' if run.has('last.pt') else '--overwrite=True'
     where = [f'--out_dir={run.folder}', f'--data_dir={os.path.join(ROOT, data_dir)}', f'--threads={threads}', f'--device={device}']
     begun = time.time()
@@ -180,22 +205,29 @@ def train(run):
 
 
 def probe(run, c):
-    """Probe the weights that training ended with."""
+    """Probe the weights that training ended with, unless that is done."""
     settings = {**c['probe'], **(QUICK_PROBE if quick else {})}
     fold = run.settings.get('model_type', 'fold') != 'gpt'
     if fold and run.settings.get('segment_size', 12) != 12:  # histories are whole segments
         l = run.settings['segment_size']
         kept = sorted({-(-h // l) * l for h in numbers('histories', settings.get('histories', '0'))})
         settings['histories'] = ','.join(map(str, kept))
+    if not run.stale('probe.json', settings):
+        return
     call(run, 'probe.py', f"--out_dir={os.path.join(run.folder, 'last.pt')}", f"--results_file={os.path.join(run.folder, 'probe.json')}",
          f'--data_dir={os.path.join(ROOT, data_dir)}', f'--threads={threads}', f'--device={device}', *flags(settings))
+    write(run, 'how_probe.json', settings)
 
 
 def sample(run, c):
-    """Let the model go on from every prompt; the same draws for all models."""
+    """Let the model go on from every prompt, unless that is done; the same draws for all models."""
+    how = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
+    if not run.stale('samples.json', how):
+        return
     texts = [call(run, 'sample.py', f"--out_dir={os.path.join(run.folder, 'last.pt')}", f'--start={prompt}', f'--device={device}',
-                  f"--max_new_tokens={20 if quick else c['new_tokens']}", '--seed=1337')[0] for prompt in c['prompts']]
+                  f"--max_new_tokens={how['new_tokens']}", '--seed=1337')[0] for prompt in c['prompts']]
     write(run, 'samples.json', texts)
+    write(run, 'how_samples.json', how)
 
 
 def write(run, name, value):
@@ -210,9 +242,8 @@ def work(run, c):
     try:
         os.makedirs(run.folder, exist_ok=True)
         train(run)
-        if not run.has('probe.json'):
-            probe(run, c)
-        if run.sampled and not run.has('samples.json'):
+        probe(run, c)
+        if run.sampled:
             sample(run, c)
     except KeyboardInterrupt:
         pass
@@ -269,7 +300,8 @@ def main():
         raise SystemExit(f"error: only={sorted(unknown)[0]!r} is none of the runs, which are {'; '.join(names)}")
     wanted = [run for run in found if not chosen or run.name in chosen]
     if not only_report:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # the runs are to end with this process
+            signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             run_all(wanted, c)
         except KeyboardInterrupt:

@@ -4,7 +4,7 @@ The needle: a key is shown once, filler follows, then the key is asked for. How 
     python needle.py config/fold_needle.py       # trains, then prints recall against distance
     python needle.py config/gpt_needle.py        # the same for a GPT of a window of two segments
     python needle.py config/fold_needle.py --filler=text --out_dir=out/fold_needle_text
-    python needle.py config/fold_needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48  # a trained one again
+    python needle.py config/fold_needle.py --init_from=out/fold_needle --max_iters=0 --distances=12,48 --out_dir=out/again
     python needle.py --draw=out/fold_needle/recall.json,out/gpt_needle/recall.json  # both in one picture
 
 A row of tokens:  filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
@@ -50,7 +50,7 @@ warmup_iters = 100          # updates of linear warm-up
 decay_from = 0.6            # share of the updates after which the learning rate falls, linearly to 0
 weight_decay = 0.01         # of matrices and embeddings
 beta2 = 0.98                # AdamW's; its beta1 is 0.9
-grad_clip = 1.0             # largest norm of the gradient
+grad_clip = 1.0             # largest norm of the gradient; 0 does not clip
 log_interval = 100          # updates between log lines, each with the recall at probe_distance
 probe_distance = 192        # tokens of filler; the update at which recall there first reaches 0.99 is noted
 # evaluation
@@ -256,7 +256,7 @@ def recall_table(lengths):
 def check_config():
     """Refuse what would fail later."""
     at_least(config, symbols=1, key_length=1, batch_size=1, longest=1, first=1, max_iters=0, warmup_iters=1, log_interval=1,
-             sequences=1, far_sequences=1, threads=0, probe_distance=0)
+             sequences=1, far_sequences=1, threads=0, probe_distance=0, learning_rate=0.0, weight_decay=0.0, grad_clip=0.0)
     if filler not in ('symbols', 'text'):
         raise SystemExit(f"error: filler must be 'symbols' or 'text', not {filler!r}")
     if 2 * key_length + 2 > 2 * segment_size:
@@ -265,8 +265,10 @@ def check_config():
         raise SystemExit(f"error: first={first} is more than the curriculum grows to: longest is {longest}")
     if model_type == 'gpt' and block_size % (2 * segment_size) and 2 * segment_size % block_size:
         raise SystemExit(f"error: block_size={block_size} must divide two segments, {2 * segment_size} tokens, or be a multiple")
-    if max_iters and not overwrite:
-        ckpt.refuse_to_replace(target)
+    if not 0 <= beta2 < 1:
+        raise SystemExit(f"error: beta2={beta2} must lie in [0, 1)")
+    if not overwrite:
+        ckpt.refuse_to_replace(target, 'ckpt.pt' if max_iters else 'recall.json')
 
 
 if draw:
@@ -303,11 +305,13 @@ log = train()
 trained = time.perf_counter() - begun
 if max_iters:
     print(f"trained in {trained / 60:.1f} minutes")
-    ckpt.save_task(target, model, model_type, config, log[-1]['iter'], made_by)
+    ckpt.save_task(target, model, model_type, config, log, trained, made_by)
     if stop.wanted():
         print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
               f"--max_iters=0 does that")
         raise SystemExit(0)
+elif init_from != 'scratch':  # what is measured now has been trained then
+    log, trained = saved.get('log', []), saved.get('seconds', 0.0)
 stop.done()
 model.eval()
 try:

@@ -3,7 +3,7 @@ Pairs: digits with names are shown, one a segment, and asked for by name. How ma
 
     python pairs.py                                                 # trains, then prints recall against their number
     python pairs.py --n_embd=128 --n_head=4 --out_dir=out/pairs_128
-    python pairs.py --init_from=out/pairs --max_iters=0 --wait=100  # a trained one, asked 100 segments later
+    python pairs.py --init_from=out/pairs --max_iters=0 --wait=100 --out_dir=out/waited
 
 A sequence has a segment for each pair,  filler MARK 3 NAME filler,  and is asked aside,  ASK NAME 3 ASK NAME 7 ...: a
 question leaves nothing in the memory. At a NAME that is asked for, its digit is to be predicted. Where a pair is shown,
@@ -47,7 +47,7 @@ warmup_iters = 100          # updates of linear warm-up
 decay_from = 0.6            # share of the updates after which the learning rate falls, linearly to 0
 weight_decay = 0.01         # of matrices and embeddings
 beta2 = 0.98                # AdamW's; its beta1 is 0.9
-grad_clip = 1.0             # largest norm of the gradient
+grad_clip = 1.0             # largest norm of the gradient; 0 does not clip
 log_interval = 100          # updates between log lines
 # evaluation
 most = 32                   # recall is measured for 1, 2, ... pairs up to so many
@@ -250,7 +250,8 @@ def match_names(model):
 def check_config():
     """Refuse what would fail later."""
     at_least(config, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, batch_size=1, segments=1, questions=1,
-             max_iters=0, warmup_iters=1, log_interval=1, most=1, sequences=1, wait=0, threads=0)
+             max_iters=0, warmup_iters=1, log_interval=1, most=1, sequences=1, wait=0, threads=0, learning_rate=0.0,
+             weight_decay=0.0, grad_clip=0.0)
     if places not in ('turn', 'any'):
         raise SystemExit(f"error: places must be 'turn' or 'any', not {places!r}")
     for key in ('pairs', 'together', 'most'):
@@ -260,8 +261,10 @@ def check_config():
         raise SystemExit(f"error: together={together} pairs of three tokens do not fit into a segment of {segment_size}")
     if fresh > batch_size:
         raise SystemExit(f"error: fresh={fresh} is more than batch_size={batch_size}")
-    if max_iters and not overwrite:
-        ckpt.refuse_to_replace(target)
+    if not 0 <= beta2 < 1:
+        raise SystemExit(f"error: beta2={beta2} must lie in [0, 1)")
+    if not overwrite:
+        ckpt.refuse_to_replace(target, 'ckpt.pt' if max_iters else 'recall.json')
 
 
 target = os.path.join(ckpt.ROOT, out_dir)
@@ -282,9 +285,10 @@ else:
     config.update({key: value for key, value in saved['model_args'].items() if key in config})
     segment_size = config['segment_size']
     check_config()
-    if saved['model_type'] != 'fold' or model.config.vocab_size != FIRST_NAME + names:
-        raise SystemExit(f"error: {init_from} is a {saved['model_type']} that knows {model.config.vocab_size} tokens, this task "
-                         f"needs a fold that knows {FIRST_NAME + names}: give the names and symbols it was trained with")
+    task = [saved.get('config', {}).get(key, config[key]) for key in ('symbols', 'names')]
+    if saved['model_type'] != 'fold' or model.config.vocab_size != FIRST_NAME + names or task != [symbols, names]:
+        raise SystemExit(f"error: {init_from} is a {saved['model_type']} that knows {model.config.vocab_size} tokens "
+                         f"({task[0]} symbols, {task[1]} names), this task needs a fold that knows {FIRST_NAME + names} ({symbols}, {names}): give the names and symbols it was trained with")
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (0.9, beta2), device.split(':')[0])
 if device == 'cpu':
     training.keep_freed_memory()
@@ -297,11 +301,13 @@ log = train()
 trained = time.perf_counter() - begun
 if max_iters:
     print(f"trained in {trained / 60:.1f} minutes")
-    ckpt.save_task(target, model, 'fold', config, log[-1]['iter'], made_by)
+    ckpt.save_task(target, model, 'fold', config, log, trained, made_by)
     if stop.wanted():
         print(f"stopped after update {log[-1]['iter']} of {max_iters}; recall is not measured: --init_from={target} "
               f"--max_iters=0 does that")
         raise SystemExit(0)
+elif init_from != 'scratch':  # what is measured now has been trained then
+    log, trained = saved.get('log', []), saved.get('seconds', 0.0)
 stop.done()
 model.eval()
 try:

@@ -170,13 +170,13 @@ def worth_cell(row):
 
 
 def remote_table(rows):
-    bins = [(row['from'], row['to']) for row in rows[0]['probe']['co_occurrence']]
+    found = [{(row['from'], row['to']): row.get('difference') for row in r['probe']['co_occurrence']} for r in rows]
+    bins = sorted(set().union(*found))  # runs kept from an earlier report may have had others
 
-    def cell(r, i):
-        d = r['probe']['co_occurrence'][i].get('difference')
+    def cell(d):
         return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else ''
     return table(['model, seed', *(f'{low} to {high - 1}' for low, high in bins)],
-                 [[f"{r['name']}, {r['seed']}", *(cell(r, i) for i in range(len(bins)))] for r in rows])
+                 [[f"{r['name']}, {r['seed']}", *(cell(of.get(two)) for two in bins)] for r, of in zip(rows, found)])
 
 
 def equality_table(rows):
@@ -289,5 +289,5 @@ def markdown(result, c, rows, short, gathered):
     if rows or short:
         parts += ['## What is equal', equality_table([*rows, *short]), '## The same prompt, continued']
     for i, prompt in enumerate(c['prompts']):
-        parts += [f'### {prompt.strip()}'] + [f"{r['name']}:\n\n{quote(r['samples'][i])}" for r in rows if r['samples']]
+        parts += [f'### {prompt.strip()}'] + [f"{r['name']}:\n\n{quote(r['samples'][i])}" for r in rows if r['samples'] and i < len(r['samples'])]
     return '\n\n'.join(parts) + '\n'

@@ -259,11 +259,14 @@ def linear_lr(it, max_iters, learning_rate, warmup_iters, decay_from):
 
 
 def update(model, optimizer, loss, lr, grad_clip):
-    """One update by the gradient of a loss, its norm clipped."""
+    """One update by the gradient of a loss, its norm clipped unless grad_clip is 0. Raises SystemExit if the loss is no number."""
+    if not loss.isfinite():
+        raise SystemExit(f"error: the loss is {loss.item()}: stopped without saving. A lower learning_rate usually helps (now {lr:g})")
     for group in optimizer.param_groups:
         group['lr'] = lr
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -96,6 +96,22 @@ def test_what_is_there_is_not_done_again(compared):
     assert {path: path.stat().st_mtime_ns for path in runs.glob('*/*.pt')} == before
 
 
+def test_what_was_asked_otherwise_is_asked_again(compared, tmp_path):
+    """Of one run; the report puts what others were asked otherwise under heads of its own."""
+    runs, results, command = compared
+    some = shutil.copytree(runs, tmp_path / 'runs')
+    (tmp_path / 'small.py').write_text(FILE.replace("bins='12,24'", "bins='12,18,24'").replace("['1 ape']", "['1 ape', '2']"))
+    command = [*command[:2], str(tmp_path / 'small.py'), f'--out_dir={some}', f"--results_dir={tmp_path / 'results'}", *command[5:]]
+    before = {path: path.stat().st_mtime_ns for path in some.glob('*/*.json')}
+    done = subprocess.run([*command, '--only=fold'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    changed = {(path.parent.name, path.name) for path, time in before.items() if path.stat().st_mtime_ns != time}
+    asked = {(name, f'{how}{what}.json') for name in ('fold_1', 'fold_2') for how in ('', 'how_') for what in ('probe', 'samples')}
+    assert changed == asked - {('fold_2', 'samples.json'), ('fold_2', 'how_samples.json')}
+    text = (tmp_path / 'results' / 'report.md').read_text()
+    assert '| model, seed | 12 to 17 | 12 to 23 | 18 to 23 |' in text and '### 2' in text
+
+
 def test_a_report_keeps_runs_whose_folders_are_gone(compared, tmp_path):
     """With the same settings, and as what they are: no time is compared with theirs. Only what is asked for is run."""
     runs, results, command = compared
@@ -122,7 +138,12 @@ def test_a_report_keeps_runs_whose_folders_are_gone(compared, tmp_path):
     assert 'kept' in said('fold')
     assert said('fold', FILE.replace("'fold': dict()", "'fold': dict(dropout=0.1)"))['failed'] == 'not run to its end'
     stale = said('GPT, window 24', FILE.replace("(model_type='gpt')", "(model_type='gpt', dropout=0.1)"))
-    assert 'another dropout, 0.0 in place of 0.1' in stale['failed']
+    assert "another dropout, train.py's own in place of 0.1" in stale['failed']
+    for change in (('n_embd=16', 'n_embd=32'), ("dataset='tiny'", "dataset='other'"), ('warmup_iters=1, ', '')):  # one left out, too
+        assert f"another {change[0].split('=')[0]}, " in said('GPT, window 24', FILE.replace(*change))['failed']
+    (some / 'GPT_window_24_1' / 'settings.json').unlink()  # as an earlier version left it: by what its log says
+    assert 'failed' not in said('GPT, window 24', FILE.replace('warmup_iters=1, ', ''))
+    assert 'another n_embd, 16 in place of 32' in said('GPT, window 24', FILE.replace('n_embd=16', 'n_embd=32'))['failed']
     done = subprocess.run([*command, '--only_report=True', '--only=fold'], capture_output=True, text=True)
     assert done.returncode == 1 and 'none of the runs asked for is complete' in done.stderr
 
@@ -147,7 +168,9 @@ def test_only_names_runs(run, tmp_path):
 
 
 @pytest.mark.parametrize('change, words', [
-    (('seeds = [1, 2]', 'seeds = []'), 'seeds be whole numbers'), (('tokens = 384', 'tokens = 385'), 'must divide the 385'),
+    (('seeds = [1, 2]', 'seeds = []'), 'seeds be different whole numbers'), (('seeds = [1, 2]', 'seeds = [1, 1]'), 'different whole numbers'),
+    (('batch_size=2', 'batch_size=0'), "batch_size must be a whole number from 1 on, not 0"), (('batch_size=2', "batch_size='2'"), "not '2'"),
+    (("['1 ape']", '[3]'), 'a prompt a text, not 3'), (("'as it is': dict()", "'as it is': 3"), 'a run must be a dict'), (('tokens = 384', 'tokens = 385'), 'must divide the 385'),
     (('tokens = 384', "tokens = 'all'"), "tokens must be of type int, not 'all'"), (('prompts', 'prompt'), 'did you mean prompts?'),
     (("same_window, full_window = 'GPT, window 12'", "same_window, full_window = 'GPT'"), 'is none of the runs'),
     (("'segments of 6'", "'as_it is'"), 'differ in no letter'), (('new_tokens = 12', 'new_tokens ='), 'SyntaxError')])

@@ -121,7 +121,9 @@ def test_two_runs_with_one_seed_are_the_same(needle, tmp_path):
 def test_a_gpt_is_trained_and_asked_as_well(needle, tmp_path, block_size):
     done = needle(model_type='gpt', n_layer=1, block_size=block_size)
     assert done.code == 0 and 'chance: 1e-05' in done.out
-    again = needle(model_type='gpt', n_layer=1, block_size=block_size, init_from=tmp_path / 'needle', max_iters=0)
+    again = needle(model_type='gpt', n_layer=1, block_size=block_size, init_from=tmp_path / 'needle', max_iters=0, out_dir=tmp_path / 'again')
+    first, second = (json.load(open(tmp_path / name / 'recall.json')) for name in ('needle', 'again'))
+    assert len(first['log']) == 2 and (first['log'], first['training_minutes']) == (second['log'], second['training_minutes'])
     assert again.code == 0 and [l for l in again.out.splitlines() if 'tokens: recall' in l] == [
         l for l in done.out.splitlines() if 'tokens: recall' in l]
 
@@ -130,7 +132,7 @@ def test_a_gpt_is_trained_and_asked_as_well(needle, tmp_path, block_size):
     (dict(filler='noise'), "filler must be 'symbols' or 'text'"), (dict(key_length=12), 'do not fit into two segments'),
     (dict(distances='12,x'), 'distances must be'), (dict(batch_size=0), 'batch_size must be at least 1'),
     (dict(carry='half'), "carry must be 'plain' or 'gated'"), (dict(model_type='gpt', block_size=20), 'must divide two segments'),
-    (dict(first=3), 'first=3 is more than the curriculum grows to: longest is 2'),
+    (dict(beta2=1.5), 'beta2=1.5 must lie in'), (dict(learning_rate=-1), 'learning_rate must be at least 0'), (dict(first=3), 'first=3 is more than the curriculum grows to: longest is 2'),
     (dict(filler='text', dataset='nothing'), 'nothing'), (dict(init_from='nowhere'), 'no checkpoint at')])
 def test_bad_settings_get_one_line(needle, settings, words):
     refused = needle(**settings)
@@ -141,6 +143,15 @@ def test_a_run_is_not_written_over(needle):
     needle()
     refused = needle(overwrite=False)
     assert refused.code == 1 and '--overwrite=True' in refused.err
+    refused = needle(overwrite=False, max_iters=0, init_from='out/none')  # nor what was measured
+    assert refused.code == 1 and "holds a run's recall.json" in refused.err
+
+
+def test_a_run_that_diverges_ends_with_a_line(needle, tmp_path):
+    done = needle(learning_rate=1e30, max_iters=30)
+    assert done.code == 1 and 'error: the loss is' in done.err and 'lower learning_rate' in done.err and not (tmp_path / 'needle').exists()
+    names = needle(max_iters=1, grad_clip=0, learning_rate=1e-2).globals  # does not clip
+    assert not torch.equal(names['model'].lm_head.weight, needle(max_iters=0, out_dir=tmp_path / 'b').globals['model'].lm_head.weight)
 
 
 def test_runs_are_drawn_into_one_picture(needle, run, tmp_path):

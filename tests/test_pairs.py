@@ -195,5 +195,8 @@ def test_what_is_there_is_not_lost(pairs, tmp_path):
     pairs()
     refused = pairs(overwrite=False)
     assert refused.code == 1 and '--overwrite=True' in refused.err
-    other = pairs(init_from=tmp_path / 'pairs', names=8, max_iters=0)
-    assert other.code == 1 and 'knows 37 tokens' in other.err and 'names and symbols' in other.err
+    other = pairs(init_from=tmp_path / 'pairs', max_iters=0, overwrite=False)
+    assert other.code == 1 and "holds a run's recall.json" in other.err  # without overwrite neither that is replaced
+    for change in (dict(names=8), dict(names=8, symbols=17)):  # of as many tokens, but others, too
+        other = pairs(init_from=tmp_path / 'pairs', max_iters=0, overwrite=True, most=8, pairs=8, **change)
+        assert other.code == 1 and 'knows 37 tokens (16 symbols, 9 names)' in other.err and 'names and symbols' in other.err
