@@ -288,7 +288,8 @@ else:
     task = [saved.get('config', {}).get(key, config[key]) for key in ('symbols', 'names')]
     if saved['model_type'] != 'fold' or model.config.vocab_size != FIRST_NAME + names or task != [symbols, names]:
         raise SystemExit(f"error: {init_from} is a {saved['model_type']} that knows {model.config.vocab_size} tokens "
-                         f"({task[0]} symbols, {task[1]} names), this task needs a fold that knows {FIRST_NAME + names} ({symbols}, {names}): give the names and symbols it was trained with")
+                         f"({task[0]} symbols, {task[1]} names), this task needs a fold that "
+                         f"knows {FIRST_NAME + names} ({symbols}, {names}): give the names and symbols it was trained with")
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (0.9, beta2), device.split(':')[0])
 if device == 'cpu':
     training.keep_freed_memory()

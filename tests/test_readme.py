@@ -30,7 +30,9 @@ def test_side_by_side_in_words():
     r = result('compare_shakespeare/report.json')
     fold, same, twice, full, dropped = (m['loss'] for m in r['models'])
     assert says(f"window: {same - fold:.4f} below it, {(same - fold) / r['same_window']['sd']:.1f} standard deviations")
-    assert says(f"({twice - fold:.4f} below)") and says(f"({full - fold:.4f} below),") and says(f"is worth {dropped - fold:.4f}.")
+    assert says(f"({twice - fold:.4f} below)") and says(f"({full - fold:.4f} below),")
+    assert says(f"of the {dropped - fold:.4f} that it loses {dropped - same:.4f} are these cold starts")
+    assert says(f"what the carry adds to a scoring with a stride is the {same - fold:.4f} above.")
     flops, time = (r['full_window'][what]['fold'] for what in ('FLOPs', 'time'))
     assert says(f"at equal FLOPs it stands at {flops:.4f}, at equal time at {time:.4f}")
 
@@ -104,13 +106,13 @@ def test_many_needles(l, C, heads):
 
 
 @pytest.mark.parametrize('name', ['12_64ch_1337', '12_64ch_1338_small_places', '12_64ch_1337_small_places', '12_64ch_4heads_1337',
-                                  '12_128ch_1337', '12_128ch_1338', '12_128ch_1337_usual_start'])
+                                  '12_128ch_1337', '12_128ch_1338', '12_128ch_1337_usual_start', '24_64ch_4heads_1337'])
 def test_starts_of_many_needles(name):
     r = result(f'pairs/l{name}.json')
     c, log, scale = r['config'], r['log'], 1 if 'small' in name else 8
     passed = max(row['iter'] for row in log if row['lesson'] == 1)
     start = f'place_scale {scale}' if c['matched'] else 'usual start'
-    assert says(f"{c['n_embd']} channels, {c['n_head']} heads, {start}, seed {c['seed']}", f"{log[-1]['iter']:,}",
+    assert says(f"{c['n_embd']} channels, {c['n_head']} heads, {start}, seed {c['seed']}" + ', window 24' * (c['segment_size'] == 24), f"{log[-1]['iter']:,}",
                 f'{passed:,}' if passed < log[-1]['iter'] else 'never', str(r['held_at_0.9']))
 
 
@@ -185,15 +187,22 @@ def test_what_was_tried_in_training():
     assert says("had {full:.3f} and {truncated:.3f} by oneDNN's".format(**again))
     full = fastest(result('training.json')['speed']['2+2x128x4'], 'full')['efficiency']
     assert says(f"the fold of 2 + 2 layers has some {full / (1 + gains[1]):.2f};")
+    whole = tried['tokens_per_s_two_processes_commit_0064921_whole_sequence_compiled']
+    assert says("compiled at once ({} seconds of compiling; {:,} and {:,} tokens/s in two runs with two processes, written out {:,} and {:,})"
+                .format(whole['seconds_of_compiling'], *whole['compiled'], *whole['written out']))
     assert says("took {full}, {truncated}, {recomputed} and {gpt} MB for 192".format(**tried['memory_mb_at_192_tokens_commit_f3df4be_by_torchs_products']))
 
 
 def test_the_summary():
     needles = [{row['distance']: row['right'] for row in result(f'needle/fold_gated_{seed}.json')['recall']} for seed in range(1337, 1342)]
-    assert all(right[1_000_000] == 100 for right in needles) and says("100 of 100, with each of five seeds.")
+    assert all(right[1_000_000] == 100 for right in needles) and says("100 of 100, with each of five seeds; one")
     assert all(row['right'] == 0 for row in result('needle/gpt_24_1337.json')['recall'] if row['distance'] >= 48)
     most = [result(f'pairs/l{l}_{C}ch_1337.json')['held_at_0.9'] for l in (24, 12) for C in (64, 128)]
     assert most[0] == most[1] and says("{1} with a window of 24, {2} or {3} with one of 12.".format(*most))
+    names = [name for name in os.listdir(os.path.join(ROOT, 'results', 'pairs')) if 'waited' not in name]
+    runs = [r for r in (result(f'pairs/{name}') for name in names) if r['config']['matched']]
+    found = [r['held_at_0.9'] >= r['sizes']['segment_size'] - 2 for r in runs]
+    assert (sum(found), len(found)) == (5, 9) and says("Five of nine runs found it.") and says("five of nine with the ring")
     python, shakespeare = ({m['name']: {'kept': False, **m} for m in result(f'{name}/report.json')['models']}
                            for name in ('compare_python_longest', 'compare_shakespeare'))
     full = python['GPT, window 384']
@@ -204,7 +213,7 @@ def test_the_summary():
     assert says("by {:.3f} nats on Shakespeare and {:.3f} on Python".format(*(b['loss'] - a['loss'] for a, b in pairs)))
     assert says("with {:.1f} to {:.1f} times the computation.".format(*sorted(a['flops_per_token'] / b['flops_per_token'] for a, b in pairs)))
     wins = [stands['fold'] < stands['GPT, window 12'] for stands in (report.standing(a, b)['FLOPs'] for a, b in pairs)]
-    assert wins == [False, True] and says("At equal computation it wins on Python and loses on Shakespeare.")
+    assert wins == [False, True] and says("At equal computation it wins on Python and loses on Shakespeare;")
     memory = {point['block_size']: point['peak_mb'] for point in result('training.json')['memory']['truncated']}
     assert abs(memory[49152] / memory[192] - 1) < 0.05
 
@@ -304,8 +313,8 @@ def test_text_beside_its_controls_in_words():
 def test_byte_pairs_in_words():
     losses = {run['name']: run['loss'] for run in result('compare_bpe/report.json')['runs']}
     fold, same, twice, dropped = (losses[name] for name in ('fold', 'GPT, window 12', 'GPT, window 24', 'fold, carry dropped'))
-    assert says(f"The fold is {same - fold:.4f} ahead of the GPT of its own window and {fold - twice:.4f} behind that of window 24; "
-                f"its carry is worth {dropped - fold:.4f}.")
+    assert says(f"The fold is {same - fold:.4f} ahead of the GPT of its own window and {fold - twice:.4f} behind that of window 24. "
+                f"Without its carry it loses {dropped - fold:.4f}, of which {dropped - same:.4f} are cold starts")
 
 
 def test_the_longest_run():
@@ -330,7 +339,14 @@ def test_the_longest_run():
     assert says(f"the fold is {same['loss'] - fold['loss']:.4f} ahead at equal tokens and, read part-way through its training, "
                 f"{flops['GPT, window 12'] - flops['fold']:.4f} at equal FLOPs; against that of window 24 "
                 f"{runs['GPT, window 24']['loss'] - fold['loss']:.4f} ahead at equal tokens and {twice['fold'] - twice['GPT, window 24']:.4f} "
-                f"behind at equal FLOPs. Its carry is worth {runs['fold, carry dropped']['loss'] - fold['loss']:.4f}.")
+                f"behind at equal FLOPs.")
+    dropped = runs['fold, carry dropped']['loss']
+    assert says(f"Without its carry it loses {dropped - fold['loss']:.4f}, of which {dropped - same['loss']:.4f} are cold starts")
+    shakespeare = {m['name']: m['tokens_per_s'] for m in result('compare_shakespeare/report.json')['models']}
+    slower = shakespeare['GPT, window 12'] / shakespeare['fold']
+    then = report.at(fold['curve'], 18_432_000 / slower)
+    assert says(f"{slower:.1f} times as slowly as the GPT of window 12, as on Shakespeare, it would stand at {then:.3f} at equal time, "
+                f"{then - same['loss']:.3f} behind that.")
     halfway = [dict(map(tuple, run['curve']))[9_216_000] for run in (full, fold)]
     assert says("(at 9,216,000 characters {:.4f} against {:.4f}) and ends ".format(*halfway) + f"{fold['loss'] - full['loss']:.4f} below it")
     words = [-row['difference']['mean'] for row in full['probe']['co_occurrence'] if row['from'] != 48]
