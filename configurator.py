@@ -32,8 +32,11 @@ def configure(namespace, argv=None, positional=None):
     Returns a dict of every key and its effective value; the namespace is updated as well, and its
     _given is the set of the keys that a file or a flag set.
     Raises SystemExit with a one-line message on bad input, and with 0 after --help. The
-    namespace is then unchanged.
+    namespace is then unchanged. From then on Ctrl-C ends the script with a line, where it does not
+    answer it otherwise.
     """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else list(argv)
     defaults = {key: value for key, value in namespace.items()
                 if not key.startswith("_") and type(value) in KINDS}
@@ -52,6 +55,14 @@ def configure(namespace, argv=None, positional=None):
     namespace.update(config)
     namespace["_given"] = given
     return config
+
+
+def _excepthook(kind, error, trace):
+    """Show what ends the script: Ctrl-C, which is no error, without a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def numbers(key, text, least=0, multiple=1):

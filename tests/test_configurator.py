@@ -270,3 +270,11 @@ def test_numbers_in_a_text():
     assert numbers('at', ' 48,12, 48,0') == [0, 12, 48] and numbers('at', '24', least=1, multiple=12) == [24]
     for text, how in (('', {}), ('12,x', {}), ('-12', {}), ('1.5', {}), ('0,12', dict(least=1)), ('12,20', dict(multiple=12))):
         assert "at must be whole numbers" in error_of(numbers, 'at', text, **how)
+
+
+@pytest.mark.parametrize("end, words", [("raise KeyboardInterrupt", "stopped\n"), ("1 / 0", "ZeroDivisionError")])
+def test_ctrl_c_ends_with_a_line_and_errors_as_ever(tmp_path, end, words):
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nbatch = 1\nfrom configurator import configure\n"
+                                        f"configure(globals())\n{end}\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
+    assert done.returncode and words in done.stderr and ("Traceback" in done.stderr) == ("Error" in words)
