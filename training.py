@@ -214,8 +214,10 @@ def parallel(model, device):
     if WORLD == 1:
         return model
     gated = getattr(model.config, 'carry', 'plain') == 'gated'  # a first segment has no gate: a backward pass may not meet it
-    return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
-                                   find_unused_parameters=gated)
+    if device.startswith('cuda'):
+        return DistributedDataParallel(model, device_ids=[LOCAL_RANK], find_unused_parameters=gated)
+    # gradients go in pieces of 25 MB, a small model's in one: to begin with one of 1 MB, as is usual, does not pay on CPUs
+    return DistributedDataParallel(model, bucket_cap_mb=25, gradient_as_bucket_view=True, find_unused_parameters=gated)
 
 
 def from_writer(make):
