@@ -185,6 +185,8 @@ def test_what_was_tried_in_training():
     assert all(round(1 - rates['fold, written-out blocks compiled'] / rates['fold, written out'], 2) == 0.05 for rates in (one, two))
     again = tried['efficiency_of_2_2_layers_in_another_run_commit_f9dce3e_two_threads']
     assert says("had {full:.3f} and {truncated:.3f} by oneDNN's".format(**again))
+    third = tried['efficiency_of_2_2_layers_in_another_run_commit_ba19004_two_processes']
+    assert says("in a third (commit ba19004) {full:.3f} and {truncated:.3f}.".format(**third))
     full = fastest(result('training.json')['speed']['2+2x128x4'], 'full')['efficiency']
     assert says(f"the fold of 2 + 2 layers has some {full / (1 + gains[1]):.2f};")
     whole = tried['tokens_per_s_two_processes_commit_0064921_whole_sequence_compiled']
