@@ -168,6 +168,9 @@ def test_training_speed():
                 "between {} and {}, and {} and {}; by torch's own, 2 + 2 layers, between {} and {}, and {} and {}; 6 + 6 layers between "
                 "{} and {}, and {} and {}.".format(*ends))
     assert all(fastest(small, mode) is small[f'{mode}, 2 processes'] for mode in ('full', 'truncated'))
+    assert all((start >= 0.95) == side for size, sides in zip((small, large, small_torch, large_torch), reached)
+               for mode, side in zip(('full', 'truncated'), sides) for start in fastest(size, mode)['by_start'])
+    assert says("In these runs every start lies on the side of 0.95 of its median.")
 
 
 def test_a_needle_with_another_rounding():
