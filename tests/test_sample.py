@@ -1,10 +1,13 @@
 """sample.py: needs nothing but the checkpoint, and does what its settings say."""
 import io
+import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +129,18 @@ def test_a_terminal_that_lacks_a_character_loses_nothing(model_dir, tmp_path):
                            '--max_new_tokens=3', f"--save_state={tmp_path / 'state'}"], capture_output=True,
                           env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.returncode == 0 and done.stdout[:1] == b'?' and b'4 tokens condensed' in done.stderr
+
+
+@pytest.mark.parametrize('window_tokens', [1, 6])
+def test_the_benchmark_divides_by_the_tokens_that_it_generates(run, model_dir, tmp_path, monkeypatch, window_tokens):
+    """By a clock that goes on by a second each time it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, 'perf_counter', lambda: float(next(ticks)))
+    done = run('bench.py', f'--out_dir={model_dir}', f'--results_dir={tmp_path}', '--device=cpu', '--contexts=4', '--rounds=1', '--gpt_window=4',
+               f'--window_tokens={window_tokens}')
+    assert done.code == 0, done.err
+    made = json.load(open(tmp_path / 'generation.json'))
+    assert made['gpt_uncached_tokens_per_s'] == max(1, window_tokens // 4) and made['table'][0]['tokens_per_s'] == window_tokens
 
 
 def test_a_folder_cannot_take_the_state(sample, tmp_path):
