@@ -295,7 +295,7 @@ def longest(mode, size, c):
     while T < cap and points[-1]['training_mb'] < (budget - points[-1]['before_mb']) / 4 and attempt(min(2 * T, cap)):
         T = points[-1]['block_size']
     if len(points) == 1 and T > l and attempt(max(l, T // 2 // l * l)):
-        points.reverse()
+        points.reverse()  # a slope needs two, rising
     if len(points) > 1 and T < cap:
         room = (budget - points[-1]['peak_mb']) / max(slope(points), 1e-9)
         more = min(cap, int(T + room)) // l * l
@@ -392,6 +392,7 @@ def measure(c):
 
 
 def measure_parts(c):
+    """measure, of settings that check has returned."""
     import torch
     import training
     from checkpoint import ROOT, load_result, portable, provenance, save_result

@@ -27,10 +27,10 @@ def pick_device(device='auto'):
     """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device that is not."""
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if device == 'cpu:0':
-        return 'cpu'
+    device = 'cpu' if device == 'cpu:0' else device
     try:
-        if device.startswith('cpu:') or device.split(':')[0] not in ('cpu', 'cuda', 'mps') or device == 'cuda' and not torch.cuda.is_available():
+        known = device == 'cpu' or device.split(':')[0] in ('cuda', 'mps')
+        if not known or device == 'cuda' and not torch.cuda.is_available():
             raise ValueError
         if device != 'cuda':  # which of several processes is to have is not settled yet
             torch.empty(1, device=device)

@@ -75,11 +75,12 @@ class Run:
         if not self.has('last.pt'):
             return ''
         if self.has('settings.json'):  # what is given in neither is what train.py takes
-            before, keys = self.read('settings.json'), None
+            before = self.read('settings.json')
+            keys = {*before, *self.settings}
         else:  # a folder of an earlier version; its log names the data set that was taken, not the one wanted
             before = next((record['config'] for record in self.log()[::-1] if record.get('event') == 'start'), {})
             keys = before.keys() & self.settings.keys() - {'dataset'}
-        for key in sorted({*before, *self.settings} if keys is None else keys):
+        for key in sorted(keys):
             then, now = (f"{s[key]!r}" if key in s else "train.py's own" for s in (before, self.settings))
             if then != now:
                 return (f"{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, {then} in place of {now}: "
