@@ -122,8 +122,8 @@ device = ckpt.pick_device(device)
 path = ckpt.find_file(os.path.join(ckpt.ROOT, out_dir) if out_dir else ckpt.newest_run())
 saved = ckpt.load(path, device)
 if 'tokenizer' not in saved:
-    raise SystemExit(f"error: {path} holds no vocabulary (another program wrote it?), so its tokens cannot be read: "
-                     f"train.py --init_from={path} --max_iters=0 with its data set makes one that has it")
+    raise SystemExit(f"error: {path} holds no vocabulary: name a run of train.py with --out_dir, which gives one to another "
+                     f"program's weights, too, by --init_from=PATH --max_iters=0")
 tokenizer = Tokenizer(saved['tokenizer'])
 for name, value in saved['model'].items():  # ids beyond the vocabulary, with which some models are padded, say nothing
     if name.endswith(('wte.weight', 'lm_head.weight')):
