@@ -1,202 +1,207 @@
-"""
-Measure what the README states about speed and memory: ratios, taken in one run, the sides alternating.
+"""Measure speed and memory: of generation after any number of tokens, and of training.
 
-    python bench.py                      # generation: a context without end in a state of constant size
-    python bench.py --rounds=3 --contexts=100,1000 --out_dir=out/other
-    python bench.py --parts=speed,memory,longest  # training; python bench_training.py has more settings
+    python bench.py                       # generation, in some minutes
+    python bench.py --parts=speed,memory  # training: hours on two CPU cores
 """
-import os
 import statistics
-import sys
-import time
+from contextlib import ExitStack
+from itertools import product
+
+import torch
 
 from configurator import at_least, configure, numbers
+from lib.bench_sides import at_work, make_side, seconds
+from lib.checkpoint import find_file, load, load_model
+from lib.console import Progress, say
+from lib.contract import flops_per_token, make_model, model_args
+from lib.device import COMPILE, PRODUCTS, choose_products, pick_device, set_threads
+from lib.pictures import curves as draw
+from lib.records import make_record, metric, place, save_record
+from lib.streaming import new_state, read, read_, sample_token, stream
 
-parts = 'generation'  # and of training: 'speed', 'memory' over the length of a sequence, the 'longest' sequence
-out_dir = 'out/fold_shakespeare'  # run whose folded model is measured
-gpt_window = 192      # window of the GPT beside it: the same sizes, fresh weights, on which speed does not depend
-contexts = '100,1000,10000,100000,1000000'  # tokens read before the clock starts
-window_tokens = 240   # tokens generated between two readings of the clock; whole segments weigh all places alike
-rounds = 61           # readings of the clock at each context, the contexts and the models alternating
-results_dir = 'results'  # folder of the JSON file and the picture
-threads = 1           # CPU threads; one token at a time leaves no work for more
+parts = 'generation'  # what is measured: generation, speed, memory; a record each
+rounds = 15           # readings of the clock, what is compared taking turns
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
-seed = 1337           # of the tokens and of the GPT's weights
-config = configure(globals())
+threads = 0           # CPU threads of a process; 0: one for generation, else torch's choice
+seed = 1337           # of tokens and fresh weights
+label = ''            # added to the names of the records, such as '_gpu'
+record = False        # write into results/, which the docs are made from, not into out/
 
-import bench_training  # noqa: E402
+# generation
+out_dir = 'out/fold_shakespeare'  # run whose model is measured
+gpt_window = 192      # window of the GPT beside it: the same sizes, fresh weights
+contexts = '100,1000,10000,100000,1000000'  # tokens read before the clock starts
+window_tokens = 240   # tokens generated between two readings of the clock
 
-of_training = [part for part in parts.split(',') if part != 'generation']
-if unknown := set(parts.split(',')) - {'generation', 'speed', 'memory', 'longest'}:
-    raise SystemExit(f"error: parts are generation, speed, memory and longest, not {sorted(unknown)[0]!r}")
-settings_of_training = {**bench_training.defaults(), 'parts': ','.join(of_training), 'device': device, 'results_dir': results_dir,
-                        **{key: config[key] for key in ('threads', 'rounds') if key in _given}}
-if of_training == parts.split(','):
-    bench_training.measure(settings_of_training)
-    raise SystemExit(0)
-
-import torch  # noqa: E402
-
-import checkpoint as ckpt  # noqa: E402
-from model import GPT, FoldGPT, GPTConfig, sample_token  # noqa: E402
-
-
-def resident_mb():
-    """Memory that this process holds now, in MB; None where the system does not tell."""
-    try:
-        with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
-    except OSError:
-        return None
-
-
-def seconds(work):
-    """Wall-clock time of work(), in seconds, the device's own included."""
-    before = time.perf_counter()
-    work()
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-    return time.perf_counter() - before
+# training
+sides = 'fold,fold truncated,fold recomputed,gpt'  # all are compared with the last
+sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads; memory: of the first
+segment_size = 12     # tokens of a segment
+vocab_size = 65       # tiny Shakespeare's characters
+batch_size = 16       # sequences of an update
+bptt_segments = 16    # segments of a chunk of a truncated side
+window = 192          # tokens of a sequence, for the speed
+processes = '1'       # of a side, for the speed; '1,2': in one, and in two that share the batch
+starts = 3            # times that a side's processes are started
+steps = 4             # updates between two readings of the clock
+block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # tokens of a sequence, for memory
+memory_limit_gb = 4.0  # points that would need more, if it grows as the length does, are left out
+products = 'auto'     # as in train.py
+compile = 'auto'      # as in train.py
 
 
-def random_tokens(T):
-    return torch.randint(fold.config.vocab_size, (1, T), generator=draw).to(device)
+def alternate(works, rounds, what):
+    """{name: [rate of each round]} of {name: function that gives a rate}; another one warms up."""
+    rates, progress = {name: [] for name in works}, Progress(what, rounds + 1, 'rounds')
+    for turn in range(rounds + 1):
+        for name in list(works)[::-1 if turn % 2 else 1]:
+            rates[name].append(works[name]())
+        progress.at(turn + 1)
+    progress.close()
+    return {name: some[1:] for name, some in rates.items()}
 
 
-def generate(model, state, n):
-    """Generate n tokens with greedy choice: the speed of the model, not of the draws."""
-    for _ in model.stream(random_tokens(0), state, n, 0):
-        pass
+def median(values, others=None):
+    """A metric: the median and the range of values, or of their ratios to others one by one."""
+    found = [a / b for a, b in zip(values, others)] if others else values
+    return metric(statistics.median(found), n=len(found), low=min(found), high=max(found))
+
+
+def states_at(name, model, contexts, device):
+    """Yield the states after so many random tokens, rising numbers, read in one go."""
+    state, progress = new_state(model), Progress(f'{name} reads', contexts[-1])
+    for more in torch.tensor([0, *contexts]).diff().tolist():
+        for idx in torch.randint(model.config.vocab_size, (1, more)).split(24_000, dim=1):
+            read_(model, idx.to(device), state)
+            progress.at(int(state.read[0]))
+        yield state.clone()
+    progress.close()
 
 
 @torch.no_grad()
 def generate_uncached(model, idx, n):
-    """The same without any state: a GPT that recomputes its window for every token."""
+    """Generate without a state: idx (1, window) is computed anew for every token."""
     for _ in range(n):
-        idx = torch.cat((idx, sample_token(model(idx[:, -gpt_window:])[0][:, -1], 0)), dim=1)
+        idx = torch.cat((idx[:, 1:], sample_token(model(idx)[0][:, -1], temperature=0)), dim=1)
 
 
-def states_at(model, lengths):
-    """{c: the state after c tokens}, and {c: MB that the process holds then}, read in one go up to the longest."""
-    state, states, memory = model.new_state(), {}, {}
-    for c in sorted(lengths):
-        while (left := c - int(state.read[0])) > 0:
-            model.read_(random_tokens(min(left, 50_000)), state)
-        states[c], memory[c] = state.clone(), resident_mb()
-        print(f"{type(model).__name__} has read {c:,} tokens", file=sys.stderr)
-    return states, memory
+def measure_generation(s):
+    """Generation, greedy, by a run's model and by a GPT of the same sizes, after so many tokens."""
+    torch.manual_seed(s.seed)
+    contexts, n, W = numbers('contexts', s.contexts, least=1), s.window_tokens, s.gpt_window
+    checkpoint = load(find_file(s.out_dir), s.device)
+    model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
+    gpt = make_model('gpt', {**model_args(model), 'block_size': W}).to(s.device).eval()
+    idx, fresh = torch.randint(gpt.config.vocab_size, (1, n + W)).to(s.device), new_state(model)
+    works = {'uncached': lambda: generate_uncached(gpt, idx[:, :W], n),
+             'at once': lambda: read(model, idx[:, :n], fresh)}
+    sizes, curves = {}, {}
+    for name, net in ((ours, model), (f'GPT of window {W}', gpt)):
+        for c, state in zip(contexts, states_at(name, net, contexts, s.device)):
+            sizes[name, c] = state.nbytes
+            works[name, c] = lambda net=net, state=state: list(
+                stream(net, idx[:, :0], state.clone(), n, temperature=0))
+    rates = alternate({key: lambda work=work: n / seconds(work, s.device)
+                       for key, work in works.items()}, s.rounds, 'generation')
+    near, far = min(contexts, key=lambda c: abs(c - 1000)), contexts[-1]
+    metrics = {'flat ratio': median(rates[ours, far], rates[ours, near]),
+               'ratio to the uncached GPT': median(rates[ours, far], rates['uncached']),
+               'ratio of reading at once': median(rates['at once'], rates[ours, near]),
+               **{f'tokens per second, {key}': median(rates[key]) for key in list(works)[:2]}}
+    for (name, c), size in sizes.items():
+        for what, value in (('tokens per second', median(rates[name, c])),
+                            ('bytes of state', metric(size))):
+            new = {'x': 'tokens read before', 'y': what, 'points': []}
+            curves.setdefault(f'{what}, {name}', new)['points'].append({'x': c, **value})
+    yield metrics, curves, [f'flat ratio: after {far:,} to after {near:,} tokens',
+                            'ratio of reading at once: to generating, which reads one by one']
 
 
-def measure_generation():
-    """Tokens per second at each context, alternating; {(model, c): [tokens/s of each round]}."""
-    speed = {}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name, model, states in (('fold', fold, fold_states), ('gpt', gpt, gpt_states)):
-            order = sorted(states)
-            for c in order[turn % len(order):] + order[:turn % len(order)]:  # no context always comes first
-                copy = states[c].clone()
-                n = window_tokens if name == 'fold' or c + window_tokens <= gpt_window else max(1, window_tokens // 4)
-                rate = n / seconds(lambda: generate(model, copy, n))
-                if turn:
-                    speed.setdefault((name, c), []).append(rate)
-        prompt = random_tokens(gpt_window)
-        n = max(1, window_tokens // 4)
-        rate = n / seconds(lambda: generate_uncached(gpt, prompt, n))
-        if turn:
-            speed.setdefault(('gpt uncached', gpt_window), []).append(rate)
-        print(f"round {turn} of {rounds}", file=sys.stderr)
-    return speed
+def measure_speed(s):
+    """Training of every side at every size; yields after each size. Efficiency is FLOPs per second
+    over those of the last side, in the number of processes in which that is fastest."""
+    metrics, sides, T = {}, s.sides.split(','), s.window
+    for size in s.sizes.split(','):
+        flops = {side: flops_per_token(make_side(side, size, T, s)[0], T) for side in sides}
+        keys, starts = [*product(sides, numbers('processes', s.processes))], []
+        for start in range(s.starts):
+            with ExitStack() as stack:
+                asks = {(side, n): stack.enter_context(at_work(
+                    ['speed', side, size, T, s.as_dict()], n)) for side, n in keys}
+                starts.append(alternate(asks, s.rounds, f'{size}, start {start + 1} of {s.starts}'))
+        rates = {key: median([median(start[key])['value'] for start in starts]) for key in keys}
+        _, best = max((rates[key]['value'], key) for key in keys if key[0] == sides[-1])
+        for side, n in keys:
+            name = f'{size} {side}' + f', {n} processes' * (n > 1)
+            ratios = [median(start[side, n], start[best])['value'] * flops[side] / flops[best[0]]
+                      for start in starts]
+            metrics[f'{name}, tokens per second'] = rates[side, n]
+            metrics[f'{name}, efficiency'] = median(ratios)
+            metrics[f'{name}, FLOPs per token'] = metric(flops[side])
+        yield metrics, {}, ['medians of the starts, whose rates are medians of their rounds']
 
 
-def measure_reading():
-    """Tokens per second of reading 100 segments and a tail, at once and token by token, alternating."""
-    T, speed = 100 * fold.config.segment_size + 5, {'read': [], 'step': []}
-    idx = random_tokens(T)
-
-    def step():
-        state = fold.new_state()
-        for t in range(T):
-            fold.read_(idx[:, t:t + 1], state)
-    for _ in range(max(3, rounds // 3)):
-        speed['read'].append(T / seconds(lambda: fold.read_(idx, fold.new_state())))
-        speed['step'].append(T / seconds(step))
-    return speed
-
-
-def size(state):
-    return sum(value.nbytes for value in vars(state).values())
-
-
-def picture(path, table):
-    """Speed and size of the state against the context, fold and GPT."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name, label in (('fold', f'fold, window {fold.config.segment_size}'), ('gpt', f'GPT, window {gpt_window}')):
-        rows = [row for row in table if row['model'] == name]
-        for ax, key in zip(axes, ('tokens_per_s', 'state_bytes')):
-            ax.plot([row['context'] for row in rows], [row[key] for row in rows], 'o-', label=label)
-    for ax, title in zip(axes, ('tokens generated per second', 'bytes of state')):
-        ax.set(xscale='log', xlabel='tokens read before', title=title)
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+def measure_memory(s):
+    """Peak memory of training against the length of a sequence; yields after each side."""
+    metrics, curves, notes, size = {}, {}, [], s.sizes.split(',')[0]
+    for side in s.sides.split(','):
+        points, peak, before = [], 0, 1
+        for T in numbers('block_sizes', s.block_sizes):
+            found = []
+            try:
+                if peak * T / before > 1000 * s.memory_limit_gb:
+                    raise SystemExit(f'{side}: {T:,} tokens may need more than the limit')
+                for _ in range(s.starts):
+                    with at_work(['memory', side, size, T, s.as_dict()]) as ask:
+                        found.append(ask())
+            except SystemExit as ended:
+                notes.append(str(ended))
+                break
+            peak, before = max(after for _, after in found), T
+            points.append({'x': T, **median([after - start for start, after in found])})
+            metrics[f'{side}, MB before training'] = median([start for start, _ in found])
+        curves[side] = {'x': 'tokens of a sequence', 'y': 'peak MB of training', 'points': points}
+        yield metrics, curves, notes
 
 
-if of_training:
-    bench_training.check(settings_of_training)
-at_least(config, gpt_window=1, window_tokens=1, rounds=1, threads=1)
-lengths = numbers('contexts', contexts, least=1)
-device = ckpt.pick_device(device)
-torch.set_num_threads(threads)
-torch.manual_seed(seed)
-draw = torch.Generator().manual_seed(seed)
-fold = ckpt.load_model(ckpt.load(ckpt.find_file(os.path.join(ckpt.ROOT, out_dir)), device), device=device).eval()
-if not isinstance(fold, FoldGPT):
-    raise SystemExit(f"error: {out_dir} holds a GPT; bench.py measures a folded model: name its run with --out_dir")
-sizes = {key: getattr(fold.config, key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
-gpt = GPT(GPTConfig(block_size=gpt_window, **sizes)).to(device).eval()
-
-fold_states, fold_memory = states_at(fold, lengths)
-gpt_states, _ = states_at(gpt, [min(c, 10 * gpt_window) for c in lengths])  # beyond its window nothing changes any more
-rates = measure_generation()
-speed = {key: statistics.median(values) for key, values in rates.items()}
-reading = {key: statistics.median(rates) for key, rates in measure_reading().items()}
-
-table = [{'model': name, 'context': c, 'tokens_per_s': speed[name, min(c, max(states))],
-          'state_bytes': size(states[min(c, max(states))])}
-         for name, states in (('fold', fold_states), ('gpt', gpt_states)) for c in lengths]
-first, last = (min(lengths, key=lambda c: abs(c - near)) for near in (1000, 1_000_000))
-uncached = 'gpt uncached', gpt_window
+PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': measure_memory}
 
 
-def ratio(a, b):
-    """The median over the rounds of the ratio of two rates: what slows the machine down for a while slows both."""
-    return statistics.median(x / y for x, y in zip(rates[a], rates[b]))
+def check(s):
+    """Raise SystemExit for settings that would fail later."""
+    for key, known in (('parts', PARTS), ('products', PRODUCTS), ('compile', COMPILE)):
+        for value in getattr(s, key).split(','):
+            if value not in known:
+                raise SystemExit(f'error: {key}: {value!r} is none of {", ".join(known)}')
+    at_least(s, threads=0, window_tokens=1, rounds=1, bptt_segments=1, starts=1, steps=1)
+    for n in numbers('processes', s.processes, least=1):
+        numbers('batch_size', str(s.batch_size), least=n, multiple=n)  # they share it equally
+    lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
+    with torch.device('meta'):  # models without memory
+        for side, size, T in product(s.sides.split(','), s.sizes.split(','), lengths):
+            make_side(side, size, T, s)
 
 
-pairs = {f'fold at {last:,} tokens / at {first:,}': (('fold', last), ('fold', first)),
-         f'fold at {last:,} tokens / GPT uncached, window {gpt_window}': (('fold', last), uncached)}
-ratios = {name: ratio(*pair) for name, pair in pairs.items()}
-ratios['fold reading at once / token by token'] = reading['read'] / reading['step']
-of_medians = {name: speed[a] / speed[b] for name, (a, b) in pairs.items()}  # beside them, as a check
-print(f"{'model':<6}{'context':>12}{'tokens/s':>12}{'state bytes':>14}")
-for row in table:
-    print(f"{row['model']:<6}{row['context']:>12,}{row['tokens_per_s']:>12,.0f}{row['state_bytes']:>14,}")
-print(f"GPT uncached, window {gpt_window}: {speed[uncached]:,.0f} tokens/s")
-print(f"fold reads {reading['read']:,.0f} tokens/s at once, {reading['step']:,.0f} token by token")
-for name, value in ratios.items():
-    print(f"{name}: {value:.3f}{f' (ratio of the medians {of_medians[name]:.3f})' if name in of_medians else ''}")
-print("MB held after reading: " + ', '.join(f"{c:,}: {mb:.1f}" for c, mb in fold_memory.items() if mb))
-results_dir = os.path.join(ckpt.ROOT, results_dir)
-ckpt.save_result(os.path.join(results_dir, 'generation.json'), {
-    'provenance': ckpt.provenance(device), 'config': ckpt.portable(config), 'table': table, 'ratios': ratios,
-    'ratios_of_medians': of_medians, 'gpt_uncached_tokens_per_s': speed[uncached], 'reading_tokens_per_s': reading,
-    'resident_mb': fold_memory})
-picture(os.path.join(results_dir, 'generation.png'), table)
-print(f"written to {results_dir}: generation.json, generation.png")
-if of_training:
-    bench_training.measure(settings_of_training)
+def main(s):
+    """Measure what is asked for; write a record, as far as it is measured, and a picture."""
+    check(s)
+    s, cores = s.replace(device=pick_device(s.device)), torch.get_num_threads()
+    for part in [part for part in PARTS if part in s.parts]:
+        if part != 'generation' and s.device == 'cpu':
+            s = s.replace(products=choose_products(s.products))
+        set_threads(s.threads or (1 if part == 'generation' else cores))
+        path = place(part + s.label, s.record)
+        for metrics, curves, notes in PARTS[part](s):
+            made = make_record(part, s.as_dict(), [s.seed], metrics, curves, notes, device=s.device)
+            save_record(f'{path}.json', made)
+        lines = [f'{name:<60}{found["value"]:>16,.3f}' for name, found in metrics.items()]
+        lines += [f'{name}: ' + ', '.join(f'{p["value"]:,.0f} ({p["x"]:,})' for p in c['points'])
+                  for name, c in curves.items()]
+        say('\n'.join([*lines, *notes, f'written to {path}.json']))
+        drawn = {name: c for name, c in curves.items() if c['y'] != 'bytes of state'}
+        if drawn:
+            draw(f'{path}.png', f'{part.capitalize()}, {made["hardware"]}', drawn, log_y=True)
+
+
+if __name__ == '__main__':
+    main(configure(globals()))

@@ -1,326 +1,242 @@
 """
-Side by side: train models on the same corpus, probe and sample each, and write a report on who wins what.
+Side by side: train models on the same text, probe and sample each, report which is ahead.
 
-    python compare.py config/compare_shakespeare.py             # an hour and a half on two CPU cores
-    python compare.py config/compare_shakespeare.py --quick=True  # the same way with a few updates a run, to try it out
-    python compare.py config/compare_shakespeare.py --only_report=True  # the report again, of the runs that are there
-    python compare.py config/compare_shakespeare.py --only="fold; GPT, window 12"  # these runs; the report keeps the others
+    python compare.py config/compare_shakespeare.py               # 90 minutes on two CPU cores
+    python compare.py config/compare_shakespeare.py --quick=True  # a few updates a run, to try it
 
-Runs are those of train.py, in folders of their own. Ctrl-C stops, and the same command goes on from there; a run that
-fails is reported and does not stop the others, and is tried again by the next call.
+Each run is one of train.py in a folder of its own. Ctrl-C stops, and the same command goes on from
+there. A run that fails is reported, does not stop the others, and is tried again by the next call.
 """
+import asyncio
 import json
+import math
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE
 
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
+from lib import report
+from lib.checkpoint import own_folder
+from lib.console import Progress, say
+from lib.device import set_threads
+from lib.records import ROOT, place, save_record
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
-out_dir = ''         # folder of the runs; '' is out/NAME of the comparison file
-results_dir = ''     # folder of the report; '' is results/NAME
+out_dir = ''         # folder of the runs and the report; '' is out/NAME of the comparison file
 jobs = 2             # runs at a time
 threads = 1          # CPU threads of each
 seeds = ''           # in place of the file's, separated by commas
-quick = False        # a few updates a run and small probes, into folders of their own
+quick = False        # a few updates a run and small probes, in folders of their own
 only = ''            # names of the runs to work on, separated by semicolons; '' is all
 only_report = False  # train nothing, report what is there
+record = False       # write into results/ as well, which the docs are made from
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
-if __name__ == '__main__':
-    config = configure(globals(), positional='comparison')
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
-QUICK = dict(eval_tokens=3000, log_interval=1, warmup_iters=1)  # with 4 updates
-QUICK_PROBE = dict(histories='0,12,24', swaps='', targets=10, words=5, draws=20, bins='12,24,48')
+KEYS = {'seeds': [1337], 'tokens': 0, 'ablation_tokens': 0, 'common': {}, 'runs': {},
+        'ablations': {}, 'probe': {}, 'prompts': [], 'new_tokens': 200, 'same_window': '',
+        'full_window': ''}  # of a comparison file, with what they are if it does not say
+RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
+UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
+QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
+QUICK_PROBE = {'histories': '0,12,24', 'swaps': '', 'targets': 10, 'words': 5, 'resamples': 20}
 
 
 @dataclass
 class Run:
-    """One model to train: `name` in the tables, the settings of train.py, and the folder of all that comes of it."""
-    name: str
+    """One model to train, and the folder of all that comes of it."""
+    name: str        # in the tables
     seed: int
-    settings: dict
-    folder: str
     ablation: bool
-    sampled: bool  # whether it goes on from the prompts: one seed of each model does
-    error: str = ''
-
-    def log(self):
-        """The records of its log.jsonl, none if there is no log yet."""
-        try:
-            with open(os.path.join(self.folder, 'log.jsonl')) as f:
-                return [json.loads(line) for line in f if line.endswith('\n')]
-        except OSError:
-            return []
-
-    def done(self):
-        """Tokens it has been trained on."""
-        return max((record.get('tokens', 0) for record in self.log()), default=0)
-
-    def trained(self):
-        return any(record.get('iter') == self.settings['max_iters'] and 'val_loss' in record for record in self.log())
-
-    def has(self, name):
-        return os.path.exists(os.path.join(self.folder, name))
-
-    def another(self):
-        """What its folder holds in place of it: a run with another setting; '' if there is none."""
-        if not self.has('last.pt'):
-            return ''
-        if self.has('settings.json'):  # what is given in neither is what train.py takes
-            before = self.read('settings.json')
-            keys = {*before, *self.settings}
-        else:  # a folder of an earlier version; its log names the data set that was taken, not the one wanted
-            before = next((record['config'] for record in self.log()[::-1] if record.get('event') == 'start'), {})
-            keys = before.keys() & self.settings.keys() - {'dataset'}
-        for key in sorted(keys):
-            then, now = (f"{s[key]!r}" if key in s else "train.py's own" for s in (before, self.settings))
-            if then != now:
-                return (f"{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, {then} in place of {now}: "
-                        f"delete it, or take another out_dir")
-        return ''
+    settings: dict   # of train.py
+    tokens: int      # that it is trained on
+    folder: Path
+    results: dict    # {file in the folder: the settings that it is to be made with}
+    error: str = ''  # why it cannot be complete
 
     def read(self, name):
-        """What write left in a file of its folder; None if there is none."""
-        if self.has(name):
-            with open(os.path.join(self.folder, name)) as f:
-                return json.load(f)
+        """The JSON in a file of its folder; {} if there is none."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return {}
 
-    def stale(self, name, how):
-        """Whether a result has to be made: it is missing, or was made in another way than `how`."""
-        return not self.has(name) or self.read(f'how_{name}') not in (None, how)
+    def write(self, name, value):
+        (self.folder / name).write_text(json.dumps(value), encoding='utf-8')
+
+    def has(self, name):
+        """Whether a result is there, and was made with the settings that are wanted now."""
+        settings = self.read(name).get('settings')
+        return settings is not None and self.results[name].items() <= settings.items()
 
     def complete(self):
-        return self.trained() and self.has('last.pt') and self.has('probe.json') and (self.has('samples.json') or not self.sampled)
+        return not self.error and all(self.has(name) for name in self.results)
+
+    def tokens_done(self):
+        """Tokens that it has been trained on so far, as its log says."""
+        log = self.folder / 'log.jsonl'
+        found = re.findall(r'"tokens": (\d+)', log.read_text() if log.exists() else '')
+        return max(map(int, found), default=0)
+
+    def conflict(self):
+        """What its folder holds in place of it: a run with another setting; '' if there is none."""
+        started, before = (self.folder / 'last.pt').exists(), self.read('settings.json')
+        for key in sorted({*before, *self.settings}) if started else ():
+            then, now = before.get(key), self.settings.get(key)  # None is train.py's own
+            if then != now:
+                return (f'{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, '
+                        f'{then!r} in place of {now!r}: delete it, or take another out_dir')
+        return ''
+
+
+def check(fine, problem):
+    """Raise SystemExit, with the problem in one line, unless it is fine."""
+    if not fine:
+        raise SystemExit(f'error: {problem}')
 
 
 def read_comparison(name):
-    """What a comparison file says, checked. Raises SystemExit, in one line, for what cannot be meant."""
-    default = dict(seeds=[1337], tokens=0, ablation_tokens=0, common={}, runs={}, ablations={}, probe={}, prompts=[],
-                   new_tokens=200, same_window='', full_window='')
-    if not name:
-        raise SystemExit("error: name a comparison: python compare.py config/compare_shakespeare.py")
+    """What a comparison file says, checked. Raises SystemExit for what cannot be meant."""
+    check(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
     given = {key: value for key, value in run_file(name, ROOT).items() if not is_helper(value)}
     for key, value in given.items():
-        if key not in default:
-            raise SystemExit(f"error: {name}: unknown key {key!r}: {hint(key, default)}")
-        if type(value) is not type(default[key]):
-            raise SystemExit(f"error: {name}: {key} must be of type {type(default[key]).__name__}, not {value!r}")
-    c = {**default, **given}
-    if not c['runs'] or not c['seeds'] or any(type(seed) is not int for seed in c['seeds']) or len(set(c['seeds'])) < len(c['seeds']):
-        raise SystemExit(f"error: {name}: runs must name at least one run, and seeds be different whole numbers")
-    for kind, of in ((dict, [*c['runs'].values(), *c['ablations'].values()]), (str, c['prompts'])):
-        for value in of:
-            if type(value) is not kind:
-                raise SystemExit(f"error: {name}: a run must be a dict of settings and a prompt a text, not {value!r}")
+        check(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
+        kind = type(KEYS[key])
+        check(type(value) is kind, f'{name}: {key} must be of type {kind.__name__}, not {value!r}')
+    c = {**KEYS, **given}
+    for key, kind in (('seeds', int), ('prompts', str), ('runs', dict), ('ablations', dict)):
+        for value in c[key].values() if type(c[key]) is dict else c[key]:
+            check(type(value) is kind,
+                  f'{name}: each of {key} must be of type {kind.__name__}, not {value!r}')
+    check(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
+          f'{name}: runs must name at least one run, and seeds be different numbers')
     for key in ('same_window', 'full_window'):
-        if c[key] and c[key] not in c['runs']:
-            raise SystemExit(f"error: {name}: {key}={c[key]!r} is none of the runs")
+        check(not c[key] or c[key] in c['runs'], f'{name}: {key}={c[key]!r} is none of the runs')
     return c
 
 
-def plan(c, folder):
-    """All runs of a comparison, the ablations last. Raises SystemExit if one cannot see exactly the tokens of the others."""
-    found = []
-    wanted = [(name, s, over, c['tokens'], False) for s in c['seeds'] for name, over in c['runs'].items()]
-    wanted += [(name, c['seeds'][0], over, c['ablation_tokens'], True) for name, over in c['ablations'].items()]
-    for name, s, over, total, ablation in wanted:
-        settings = {'batch_size': 16, 'block_size': 192, 'gradient_accumulation_steps': 1, **c['common'], **over}
-        for key in ('batch_size', 'block_size', 'gradient_accumulation_steps'):
-            if type(settings[key]) is not int or settings[key] < 1:
-                raise SystemExit(f"error: run {name!r}: {key} must be a whole number from 1 on, not {settings[key]!r}")
-        update = settings['batch_size'] * settings['block_size'] * settings['gradient_accumulation_steps']
-        if total < update or total % update:
-            raise SystemExit(f"error: run {name!r} has {update} tokens an update, which must divide the {total} of "
-                             f"{'ablation_tokens' if ablation else 'tokens'}")
-        iters = 4 if quick else total // update
-        settings.update(seed=s, max_iters=iters, eval_interval=max(1, iters // 6), checkpoint_interval=max(1, iters // 20))
-        if quick:
-            settings.update(QUICK)
+def plan(c, folder, quick=False):
+    """All runs of a comparison, the ablations last. Raises SystemExit if one cannot see exactly the
+    tokens of the others."""
+    found, first = [], c['seeds'][0]
+    samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
+    probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
+    wanted = [(*run, seed, 'tokens') for seed in c['seeds'] for run in c['runs'].items()]
+    wanted += [(*run, first, 'ablation_tokens') for run in c['ablations'].items()]
+    for name, own, seed, key in wanted:
+        settings = {'gradient_accumulation_steps': 1, **c['common'], **own}
+        sizes = [settings.get(key) for key in UPDATE]
+        check(all(type(n) is int and n > 0 for n in sizes), f'run {name!r}: {", ".join(UPDATE)} '
+              f'must be whole numbers from 1 on, not {sizes}')
+        update = math.prod(sizes)
+        check(c[key] >= update and c[key] % update == 0, f'run {name!r} has {update} tokens an '
+              f'update, which must divide the {c[key]} of {key}')
+        iters = 4 if quick else c[key] // update
+        settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
+                        checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
+        results = [{}, probe] + [samples] * (seed == first)
         slug = re.sub(r'\W+', '_', name).strip('_')
-        found.append(Run(name, s, settings, os.path.join(folder, f"{'ablation_' * ablation}{slug}_{s}"), ablation,
-                         sampled=s == c['seeds'][0]))
-    if len({run.folder for run in found}) < len(found):
-        raise SystemExit("error: two runs have names that differ in no letter or digit: rename one")
+        run = Run(name, seed, key != 'tokens', settings, iters * update,
+                  Path(folder, f'{slug}_{seed}'), dict(zip(RESULTS, results)))
+        run.error = run.conflict()
+        found.append(run)
+    check(len({run.folder for run in found}) == len(found),
+          'two runs have names that differ in no letter or digit: rename one')
     return found
 
 
-# --- training, probing, sampling --------------------------------------------------------------------------------
-
-children, stopping = set(), threading.Event()
-
-
-def call(run, *command):
-    """Run a script with its output in the run's files; returns what it printed, and its peak memory in MB, or None.
-
-    Raises RuntimeError with its last line of complaint if it fails, KeyboardInterrupt if all is to stop.
-    """
-    if stopping.is_set():
-        raise KeyboardInterrupt
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)} if threads else None
-    paths = [os.path.join(run.folder, name) for name in ('output.txt', 'errors.txt')]
-    with open(paths[0], 'w') as out, open(paths[1], 'w') as err:  # a session of its own: Ctrl-C reaches it through stop
-        child = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err, cwd=ROOT, env=environment,
-                                 start_new_session=True)
-    children.add(child)
-    if stopping.is_set():  # it came to be while the others were told
-        child.terminate()
-    peak = None
-    if hasattr(os, 'wait4'):
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
-    child.wait()
-    children.discard(child)
-    if stopping.is_set():
-        raise KeyboardInterrupt
-    printed, complaints = (open(path, encoding='utf-8', errors='replace').read() for path in paths)
-    if child.returncode:
-        raise RuntimeError((complaints.strip().splitlines() or [f"ended with code {child.returncode}"])[-1])
-    return printed, peak
-
-
-def flags(settings):
-    return [f'--{key}={value}' for key, value in settings.items()]
-
-
-def train(run):
-    """Bring a run's training to its end, from wherever it stands."""
-    if run.another():
-        raise RuntimeError(run.another())
-    if run.trained() and run.has('last.pt'):
-        return
-    write(run, 'settings.json', run.settings)
-    how = '--init_from=resume' if run.has('last.pt') else '--overwrite=True'
-    where = [f'--out_dir={run.folder}', f'--data_dir={os.path.join(ROOT, data_dir)}', f'--threads={threads}', f'--device={device}']
-    begun = time.time()
-    _, peak = call(run, 'train.py', *flags(run.settings), *where, how)
-    write(run, 'training.json', {'seconds': time.time() - begun, 'peak_mb': peak, 'resumed': how == '--init_from=resume'})
-
-
-def probe(run, c):
-    """Probe the weights that training ended with, unless that is done."""
-    settings = {**c['probe'], **(QUICK_PROBE if quick else {})}
-    fold = run.settings.get('model_type', 'fold') != 'gpt'
-    if fold and run.settings.get('segment_size', 12) != 12:  # histories are whole segments
-        l = run.settings['segment_size']
-        kept = sorted({-(-h // l) * l for h in numbers('histories', settings.get('histories', '0'))})
-        settings['histories'] = ','.join(map(str, kept))
-    if not run.stale('probe.json', settings):
-        return
-    call(run, 'probe.py', f"--out_dir={os.path.join(run.folder, 'last.pt')}", f"--results_file={os.path.join(run.folder, 'probe.json')}",
-         f'--data_dir={os.path.join(ROOT, data_dir)}', f'--threads={threads}', f'--device={device}', *flags(settings))
-    write(run, 'how_probe.json', settings)
-
-
-def sample(run, c):
-    """Let the model go on from every prompt, unless that is done; the same draws for all models."""
-    how = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
-    if not run.stale('samples.json', how):
-        return
-    texts = [call(run, 'sample.py', f"--out_dir={os.path.join(run.folder, 'last.pt')}", f'--start={prompt}', f'--device={device}',
-                  f"--max_new_tokens={how['new_tokens']}", '--seed=1337')[0] for prompt in c['prompts']]
-    write(run, 'samples.json', texts)
-    write(run, 'how_samples.json', how)
-
-
-def write(run, name, value):
-    path = os.path.join(run.folder, name)
-    with open(path + '.tmp', 'w') as f:
-        json.dump(value, f)
-    os.replace(path + '.tmp', path)
-
-
-def work(run, c):
-    """Everything that is missing of a run; what goes wrong is kept in run.error."""
+async def call(s, script, **flags):
+    """Run a script; returns what it printed. Raises RuntimeError with its last line of complaint if
+    it fails. If this is canceled, it is told to stop, and waited for."""
+    flags = {**flags, 'device': s.device, 'threads': s.threads}
+    child = await asyncio.create_subprocess_exec(  # in a session of its own: Ctrl-C is for us alone
+        sys.executable, script, *(f'--{key}={value}' for key, value in flags.items()), cwd=ROOT,
+        stdout=PIPE, stderr=PIPE, env={**os.environ, 'PYTHONUTF8': '1'}, start_new_session=True)
     try:
-        os.makedirs(run.folder, exist_ok=True)
-        train(run)
-        probe(run, c)
-        if run.sampled:
-            sample(run, c)
-    except KeyboardInterrupt:
-        pass
-    except (RuntimeError, OSError) as error:
-        run.error = str(error)
-        print(f"{run.name}, seed {run.seed}, failed: {error}", flush=True)
+        printed, complaint = await child.communicate()
+    except asyncio.CancelledError:
+        child.terminate()
+        await child.communicate()
+        raise
+    if child.returncode:
+        lines = complaint.decode(errors='replace').strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f'{script} ended with {child.returncode}')
+    return printed.decode(errors='replace')
 
 
-def run_all(found, c):
-    """Work on all runs, `jobs` at a time, with a line of progress every half a minute."""
-    begun, first = time.time(), {id(run): run.done() for run in found}
-    total = sum(tokens_of(run) - first[id(run)] for run in found)
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(work, run, c) for run in found]
+async def work(s, run, slots):
+    """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
+    last, probe, samples = (run.folder / 'last.pt', *map(run.results.get, RESULTS[1:]))
+    async with slots:
         try:
-            while wait(pending, timeout=30).not_done:
-                print_progress(found, sum(run.done() - first[id(run)] for run in found) / max(1, total), begun)
-        except KeyboardInterrupt:
-            stopping.set()
-            for job in pending:
-                job.cancel()
-            for child in list(children):
-                child.send_signal(signal.SIGTERM)  # train.py finishes its update and saves
-            raise
+            if not run.has('record.json'):
+                run.folder.mkdir(parents=True, exist_ok=True)
+                start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
+                run.write('settings.json', run.settings)
+                await call(s, 'train.py', **run.settings, **start, out_dir=run.folder,
+                           data_dir=s.data_dir)
+            if not run.has('record.json'):
+                raise RuntimeError('train.py was stopped before its end')
+            if not run.has('probe.json'):
+                await call(s, 'probe.py', **probe, out_dir=last, data_dir=s.data_dir)
+            if samples and not run.has('samples.json'):
+                texts = [await call(s, 'sample.py', start=prompt.replace('\\', r'\\'), seed=1337,
+                                    max_new_tokens=samples['new_tokens'], out_dir=last)
+                         for prompt in samples['prompts']]
+                run.write('samples.json', {'settings': samples, 'texts': texts})
+        except (RuntimeError, OSError) as error:
+            run.error = str(error)
+    say(f'{run.name}, seed {run.seed}: {"failed: " * bool(run.error)}{run.error or "complete"}')
 
 
-def tokens_of(run):
-    s = run.settings
-    return s['max_iters'] * s['batch_size'] * s['block_size'] * s['gradient_accumulation_steps']
+async def work_on(s, runs):
+    """Work on all runs, s.jobs at a time, and show how far they are."""
+    before, slots = sum(run.tokens_done() for run in runs), asyncio.Semaphore(s.jobs)
+    progress = Progress('training', sum(run.tokens for run in runs) - before)
+    jobs = {asyncio.create_task(work(s, run, slots)) for run in runs if not run.error}
+    while jobs:
+        _, jobs = await asyncio.wait(jobs, timeout=5)
+        progress.at(sum(run.tokens_done() for run in runs) - before, f'{len(jobs)} runs to go')
+    progress.close()
 
 
-def print_progress(found, share, begun):
-    going = [f"{run.name} {run.seed}: {run.done() / tokens_of(run):.0%}" for run in found
-             if run.log() and not run.complete() and not run.error]
-    left = (time.time() - begun) * (1 / share - 1) / 60 if share > 0.01 else None
-    print(f"{sum(run.complete() for run in found)} of {len(found)} runs complete; {', '.join(going)}"
-          f"{f'; about {left:.0f} minutes left' if left is not None else ''}", flush=True)
-
-
-def main():
-    global out_dir, results_dir
-    at_least(config, jobs=1, threads=0)
-    c = read_comparison(comparison)
-    if seeds:
-        c['seeds'] = numbers('seeds', seeds)
-    name = os.path.basename(comparison).removesuffix('.py') + '_quick' * quick
-    out_dir = os.path.join(ROOT, out_dir or os.path.join('out', name))
-    results_dir = os.path.join(ROOT, results_dir or os.path.join('out' if quick else 'results', name))
-    found = plan(c, out_dir)
-    chosen = [name.strip() for name in only.split(';') if name.strip()]
-    names = list(dict.fromkeys(run.name for run in found))
-    unknown = set(chosen or [only] * bool(only)) - set(names)
-    if unknown:
-        raise SystemExit(f"error: only={sorted(unknown)[0]!r} is none of the runs, which are {'; '.join(names)}")
-    wanted = [run for run in found if not chosen or run.name in chosen]
-    if not only_report:
-        for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # the runs are to end with this process
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+def main(s):
+    at_least(s, jobs=1, threads=0)
+    set_threads(s.threads)
+    check(not s.record or not s.quick and not s.only,
+          'results/ is for whole comparisons: leave out --quick and --only, or --record')
+    c = read_comparison(s.comparison)
+    if s.seeds:
+        c['seeds'] = numbers('seeds', s.seeds)
+    name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
+    folder = s.out_dir or place(name, False)
+    runs = plan(c, folder, s.quick)
+    names = [*c['runs'], *c['ablations']]
+    chosen = [name.strip() for name in s.only.split(';')] if s.only else names
+    check({*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
+    wanted = [run for run in runs if run.name in chosen]
+    if not s.only_report:
+        own_folder(folder)
+        for kind in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # the runs end with this process
+            signal.signal(getattr(signal, kind), signal.default_int_handler)
         try:
-            run_all(wanted, c)
+            asyncio.run(work_on(s, wanted))
         except KeyboardInterrupt:
-            raise SystemExit("stopped; the same command goes on from here") from None
-    if all(run.error or not run.complete() for run in wanted):
-        raise SystemExit(f"error: {'none of the runs asked for' if chosen else 'no run'} is complete in {out_dir}; a report that "
-                         f"was there is kept")
-    import torch
-
-    import report
-    if threads:  # speeds of generation as those of training, and no waiting for a core that is busy
-        torch.set_num_threads(threads)
-    rows = report.write_report(found, c, results_dir, device)
-    failed = [run for run, row in zip(found, rows) if 'failed' in row and run in wanted]
-    print(f"written to {os.path.relpath(results_dir, ROOT)}{os.sep}: report.md, report.json and pictures"
-          f"{f'; {len(failed)} of {len(wanted)} runs are not complete' if failed else ''}")
-    raise SystemExit(1 if failed else 0)
+            raise SystemExit('stopped; the same command goes on from here') from None
+    failed = [run for run in wanted if not run.complete()]
+    check(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')
+    result = report.make(c, runs, s)
+    save_record(os.path.join(folder, 'comparison.json'), result)
+    report.write(result, folder)
+    say(f'written to {os.path.relpath(folder)}{os.sep}: report.md, comparison.json and pictures')
+    check(not failed, f'{len(failed)} of {len(wanted)} runs are not complete')
+    if s.record:
+        save_record(place(f'{name}.json', True), result)
 
 
 if __name__ == '__main__':
-    main()
+    main(configure(globals(), positional='comparison'))

@@ -1,363 +1,367 @@
-"""
-Train a FoldGPT, or the GPT it is measured against, on a prepared corpus.
+"""Train a model of models/ on a task of tasks/.
 
     python train.py config/fold_shakespeare.py
     python train.py config/gpt_shakespeare.py --seed=1338 --out_dir=out/another
+    python train.py config/fold_needle.py
     torchrun --standalone --nproc_per_node=2 train.py config/fold_shakespeare.py
 
-Ctrl-C or SIGTERM finishes the step and saves; --init_from=resume then goes on as if nothing had happened.
+Ctrl-C or SIGTERM finishes the update and saves; --init_from=resume then goes on as if nothing had
+happened.
 """
 import json
 import math
 import os
+import shlex
 import signal
+import statistics
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
-from configurator import at_least, configure, show
+import torch
+
+from configurator import at_least, configure, merge, show
+from lib import checkpoint as ckpt
+from lib import device as machine
+from lib import processes
+from lib.console import duration, say
+from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
+from lib.contract import model_args as sizes_of
+from lib.gradients import random_state, set_random_state
+from lib.pictures import curves
+from lib.processes import RANK, WORLD, from_all, from_writer
+from lib.records import ROOT, make_record, metric, provenance, save_record
+from tasks import find_task
 
 # run
+task = 'text'               # 'text', 'needle', 'pairs' or another of tasks/
 out_dir = 'out/run'         # folder of the checkpoints and the log
-init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt), or the path of a checkpoint
+init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt), or a checkpoint
 overwrite = False           # start over in an out_dir that holds another run
 seed = 1337                 # of the weights, of dropout and of the order of the data
-# data
-dataset = 'shakespeare'     # folder under data_dir; a built-in corpus is prepared if it is missing
-offline_dataset = ''        # used, loudly, where dataset cannot be downloaded; '' stops instead
-data_dir = 'data'           # folder of the prepared data sets
-batch_size = 16             # sequences of a micro-step, shared out among the processes
-gradient_accumulation_steps = 1  # micro-steps of an update
-stretch = 0                 # tokens drawn from the corpus in one piece, cut into sequences; 0 is block_size
-stream = False              # each row reads the corpus in order, a fold's carry passing from update to update
 # model
-model_type = 'fold'         # 'fold', 'gpt', or one of ablations.py
+model_type = 'fold'         # 'fold', 'gpt', or another of models/
 block_size = 192            # L, tokens of a training sequence; the window of a GPT
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold
 n_global = 2                # global layers of a fold
-carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the carry before
+carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the one before
 n_layer = 4                 # layers of a GPT
 n_head = 4                  # attention heads
 n_embd = 128                # channels
 dropout = 0.0               # share of activations dropped in training
 bias = False                # biases in linear layers and layer norms
-# back-propagation through a fold
-bptt_segments = 0           # segments that gradient flows back through, a chunk at a time; 0 is the whole block_size
-recompute = False           # keep only the carries, compute each segment again in backward: less memory, some slower
+# back-propagation through a carry
+bptt_segments = 0           # segments that gradient flows back through; 0 is the whole block_size
+recompute = False           # keep only the carries, compute segments again in backward: less memory
 # optimizer
+batch_size = 16             # sequences of a micro-batch, shared out among the processes
+gradient_accumulation_steps = 1  # micro-batches of an update
 learning_rate = 1e-3        # AdamW's, after warm-up
 max_iters = 2000            # updates, exactly
+warmup_iters = 100          # updates of linear warm-up
+decay_from = 0.0            # share of the updates after which the rate falls, by a cosine; 1: never
+min_lr = 1e-4               # learning rate at the end
 weight_decay = 0.1          # of matrices and embeddings
 beta1 = 0.9                 # AdamW's
 beta2 = 0.99                # AdamW's
 grad_clip = 1.0             # largest norm of the gradient; 0 does not clip
-decay_lr = True             # cosine decay after the warm-up
-warmup_iters = 100          # updates of linear warm-up
-lr_decay_iters = 0          # updates at which the decay ends; 0 is max_iters
-min_lr = 1e-4               # learning rate at the end of the decay
 # evaluation and log
 eval_interval = 250         # updates between evaluations, each followed by a checkpoint
 checkpoint_interval = 0     # updates between checkpoints; 0 is only after evaluations
-eval_tokens = 0             # tokens of the validation split that are scored; 0 is all of it
 log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
-dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA and float32 elsewhere
-products = 'auto'           # of float32 on a CPU: 'torch' (MKL's), 'onednn' (on AMD's with AVX-512, faster); 'auto': where it serves
-compile = 'auto'            # 'off', 'manual' (backward pass), 'kernels', 'graphs'; 'auto': 'kernels' on CUDA, 'manual' on the CPU
+dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA, else float32
+products = 'auto'           # of float32 on a CPU: 'torch', 'onednn' (faster on AMD), 'auto'
+compile = 'auto'            # 'off', 'kernels' (torch.compile of the blocks), 'auto': on CUDA alone
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
-config = configure(globals())
 
-# torch takes seconds to import, a slip in the configuration is answered before that
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import training  # noqa: E402
-from checkpoint import (ROOT, find_file, load, load_model, make_model, model_args, open_run,  # noqa: E402
-                        pick_device, provenance, save)
-from evaluate import mean_and_error, token_losses  # noqa: E402
-from prepare import DownloadError, load_meta, prepare  # noqa: E402
-from training import RANK, WORLD  # noqa: E402
-
-out_dir, data_dir = os.path.join(ROOT, out_dir), os.path.join(ROOT, data_dir)
-best_path, last_path, log_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'log.jsonl'))
+# of a resumed run: what stays as it was, and what is of this call alone
+FIXED = ('task', 'model_type', 'seed', 'dataset', 'block_size', 'segment_size', 'n_local',
+         'n_global', 'carry', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols',
+         'key_length', 'names')
+HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 
-def check_config():
-    """Refuse what would fail later, or worse, not fail at all."""
-    at_least(config, batch_size=1, gradient_accumulation_steps=1, block_size=1, stretch=0, max_iters=0, warmup_iters=0,
-             lr_decay_iters=0, eval_interval=1, eval_tokens=0, log_interval=1, threads=0, learning_rate=0.0, min_lr=0.0,
-             weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
-    if eval_tokens == 1:
-        raise SystemExit("error: eval_tokens=1 leaves no token to predict: take 2 or more, or 0 for all")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise SystemExit(f"error: beta1={beta1} and beta2={beta2} must lie in [0, 1)")
-    if decay_lr and min_lr > learning_rate:
-        raise SystemExit(f"error: min_lr={min_lr} is above learning_rate={learning_rate}: lower it as well")
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise SystemExit(f"error: dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
-    if products not in training.PRODUCTS:
-        raise SystemExit(f"error: products must be 'auto', 'onednn' or 'torch', not {products!r}")
-    if compile not in training.COMPILE:
-        raise SystemExit(f"error: compile must be 'auto', 'off', 'manual', 'kernels' or 'graphs', not {compile!r}")
-    if stretch and (stretch % block_size or batch_size * block_size % stretch):
-        raise SystemExit(f"error: stretch={stretch} must be a multiple of block_size={block_size} and divide "
-                         f"batch_size * block_size = {batch_size * block_size}")
-    if stretch and stream:
-        raise SystemExit("error: stream=True reads the corpus in order and draws no stretch: set stretch=0")
-    if batch_size * block_size // (stretch or block_size) % WORLD:
-        raise SystemExit(f"error: {WORLD} processes cannot share batch_size={batch_size} sequences equally"
-                         f"{f', in stretches of {stretch // block_size}' if stretch else ''}")
-    if out_dir.rstrip(os.sep) == ROOT:
-        raise SystemExit("error: out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
-    found = [name for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else [])
-             if name != 'log.jsonl' and not name.endswith('.tmp')]
-    if found and init_from != 'resume' and not overwrite:
-        raise SystemExit(f"error: {out_dir} is not empty ({sorted(found)[0]}): --init_from=resume goes on with its "
-                         f"run, --overwrite=True starts over, --out_dir=... goes elsewhere")
+def parts(known):
+    """Whose settings are keys as well: the task, and the config of the model; a resumed run's."""
+    if known['init_from'] == 'resume':
+        known = ckpt.load_to_resume(os.path.join(ROOT, known['out_dir']))['config']
+    return [find_task(known['task']), find_model(known['model_type'])[0]]
 
 
-def find_data():
-    """Name and meta of the data set, prepared now if it is missing; the offline one if it cannot be had."""
-    if os.path.exists(os.path.join(data_dir, dataset, 'meta.json')):
-        return dataset, load_meta(os.path.join(data_dir, dataset))
-    try:
-        return dataset, load_meta(prepare(dataset, data_dir=data_dir))
-    except DownloadError as error:
-        if not offline_dataset:
-            raise
-        print(f"{error}\n{'!' * 100}\n!!! '{dataset}' cannot be downloaded. TRAINING ON '{offline_dataset}' INSTEAD "
-              f"(offline_dataset); do not compare the losses.\n{'!' * 100}")
-    if os.path.exists(os.path.join(data_dir, offline_dataset, 'meta.json')):
-        return offline_dataset, load_meta(os.path.join(data_dir, offline_dataset))
-    return offline_dataset, load_meta(prepare(offline_dataset, data_dir=data_dir))
+def check(s):
+    """Refuse settings that would fail later, or worse, not fail at all."""
+    at_least(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=0,
+             warmup_iters=0, eval_interval=1, log_interval=1, threads=0, learning_rate=0.0,
+             min_lr=0.0, weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
+    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
+        raise SystemExit(f'error: beta1={s.beta1} and beta2={s.beta2} must lie in [0, 1)')
+    if not 0 <= s.decay_from <= 1:
+        raise SystemExit(f'error: decay_from={s.decay_from} must lie in [0, 1]')
+    if s.decay_from < 1 and s.min_lr > s.learning_rate:
+        raise SystemExit(f'error: min_lr={s.min_lr} is above learning_rate={s.learning_rate}: '
+                         f'lower it as well')
+    for key, known in (('dtype', ('auto', 'float32', 'bfloat16')), ('products', machine.PRODUCTS),
+                       ('compile', machine.COMPILE)):
+        if getattr(s, key) not in known:
+            raise SystemExit(f'error: {key} must be one of {", ".join(map(repr, known))}, not '
+                             f'{getattr(s, key)!r}')
+    if os.path.realpath(out_dir) == os.path.realpath(ROOT):
+        raise SystemExit("error: out_dir must be a folder of its own, not the repository's: "
+                         '--out_dir=out/NAME')
 
 
-def get_batch(micro=0):
-    """This process's share of the next inputs and targets of a micro-step, (B, block_size) of uint16 each.
-
-    With stream also the B rows of the walk that they belong to, and which of them have no carry (yet, or any more).
-    """
-    span, where = stretch or block_size, []
-    if stream:
-        rows = all_rows[micro * batch_size:(micro + 1) * batch_size]
-        starts, fresh = walk.advance(rows)
-        where = [my_share(rows), my_share(fresh)]
-    else:  # all processes draw all, so that the batch does not depend on their number
-        starts = torch.randint(len(train_data) - span, (batch_size * block_size // span,), generator=data_rng)
-    tokens = torch.from_numpy(np.stack([train_data[i:i + span + 1] for i in my_share(starts).tolist()]))
-    return tokens[:, :-1].reshape(-1, block_size), tokens[:, 1:].reshape(-1, block_size), *where
-
-
-def my_share(rows):
-    """The part of a micro-step's rows that this process computes."""
-    return rows.chunk(WORLD)[RANK]
+def open_folder(s):
+    """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
+    found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
+    found = sorted(name for name in found - {'log.jsonl', '.lock'} if not name.endswith('.tmp'))
+    if found and s.init_from != 'resume' and not s.overwrite:
+        raise SystemExit(f'error: {out_dir} is not empty ({found[0]}): --overwrite=True starts '
+                         f'over, --init_from=resume goes on with its run, --out_dir=... goes '
+                         f'elsewhere')
+    ckpt.own_folder(out_dir)
 
 
 def lr_at(it):
-    """Learning rate of update it: linear warm-up, then cosine down to min_lr."""
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if not decay_lr:
-        return learning_rate
-    end = lr_decay_iters or max_iters
-    progress = min(1.0, (it - warmup_iters) / max(1, end - warmup_iters))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    """Learning rate of update it: linear warm-up, constant, then a cosine down to min_lr."""
+    if it < s.warmup_iters:
+        return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
+    start = max(s.warmup_iters, s.decay_from * s.max_iters)
+    progress = min(1.0, max(0.0, it - start) / max(1, s.max_iters - start))
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
 def train_step(it):
-    """One update; returns its loss, the mean over all positions of all processes, still on the device."""
+    """One update; returns its loss, the mean of all processes, still on the device, and tokens."""
     for group in optimizer.param_groups:
         group['lr'] = lr_at(it)
-    total, last = torch.zeros((), device=device), gradient_accumulation_steps - 1
-    for micro in range(last + 1):
-        x, y, *where = get_batch(micro)
-        groups = walk.groups(*where) if stream else [(slice(None), None)]
-        for g, carry in groups:
-            share, sync = len(x[g]) / len(x) / (last + 1), micro == last and g is groups[-1][0]
-            loss, carry = training.backpropagate(trained, x[g], y[g], carry, share, sync, autocast=autocast, **how)
-            total += loss
-            if stream:
-                walk.keep(where[0][g], carry)
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    loss, tokens = job.backward()
+    processes.average_gradients(model)
+    if s.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=compile != 'graphs')  # a graph's next replay would write where its gradients were
-    return training.mean(total)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, tokens
 
 
-def stop_unless_finite(value, what, it):
+def stop_unless_finite(value, what):
     if not math.isfinite(value):
-        raise SystemExit(f"error: {what} is {value} at iteration {it}; stopped without saving, the checkpoints in "
-                         f"{out_dir} are from before. A lower learning_rate usually helps (now {learning_rate})")
+        raise SystemExit(f'error: {what} is {value} at iteration {run.done}; stopped, the '
+                         f'best checkpoint in {out_dir} is from before. A lower learning_rate '
+                         f'usually helps (now {s.learning_rate})')
 
 
 def write_log(**record):
-    """Append one JSON record to log.jsonl; each names the data set, since the offline one may have been taken."""
+    """Append one JSON record to log.jsonl."""
     def append():
         try:
             with open(log_path, 'a') as f:
-                f.write(json.dumps({**record, 'dataset': dataset}) + '\n')
+                f.write(json.dumps(record) + '\n')
         except OSError as error:
-            raise SystemExit(f"error: cannot write {log_path}: {error.strerror}; the checkpoints are kept") from None
-    training.from_writer(append)
+            raise SystemExit(f'error: cannot write {log_path}: {error.strerror}; the checkpoints '
+                             f'are kept') from None
+    from_writer(append)
 
 
-def evaluate(it):
-    """Score the validation split: in one process, the others wait."""
-    global best_val_loss, val
-    with autocast:
-        val = training.from_writer(lambda: mean_and_error(token_losses(model, val_data)))
-    stop_unless_finite(val[0], 'the validation loss', it)
-    best, best_val_loss = val[0] < best_val_loss, min(best_val_loss, val[0])
-    write_log(iter=it, val_loss=val[0], val_error=val[1], tokens=it * tokens_per_update)
-    print(f"iter {it}: validation loss {val[0]:.4f} +- {val[1]:.4f} nats per token"
-          f"{', the best so far' if best else f' (best {best_val_loss:.4f})'}{data_note}")
-    return best
+def keep_of_log(record):
+    """Whether a record of the log is from before the point where the run goes on; what is written
+    again goes, a finished run's last evaluation too."""
+    again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
+    return record['iter'] < run.done or run.done and record['iter'] == run.done and not again
 
 
-def save_run(it, best=False):
-    """Write last.pt, and before it ckpt.pt if there was no better loss: resuming repeats what a kill cuts short."""
-    stop_unless_finite(sum(p.detach().abs().max() for p in model.parameters()).item(), 'a weight', it)
-    rng, *others = training.from_all(dict(zip(('torch', 'cuda'), training.random_state(device))))
+def evaluate():
+    """Evaluate, log and tell; save, as ckpt.pt too if no evaluation was better."""
+    run.val = job.evaluate()
+    loss = run.val['val_loss']
+    stop_unless_finite(loss, 'the validation loss')
+    is_best, run.best = loss < run.best, min(run.best, loss)
+    write_log(iter=run.done, tokens=run.tokens, **run.val)
+    standing = 'the best so far' if is_best else f'best {run.best:.4f}'
+    say(f'iter {run.done}: {job.describe(run.val)} ({standing}){job.note}')
+    run.pending = False
+    save(is_best)
+
+
+def save(is_best=False):
+    """Write last.pt, and before it ckpt.pt if no evaluation was better: resuming repeats what a
+    kill cuts short."""
+    stop_unless_finite(max(p.detach().abs().max() for p in model.parameters()).item(), 'a weight')
+    rng = from_all(random_state(device))
     checkpoint = {
-        'model_type': model_type, 'model_args': model_args(model), 'model': model.state_dict(),
-        'optimizer': optimizer.state_dict(), 'iter_num': it, 'best_val_loss': best_val_loss, 'val_loss': val[0],
-        'val_error': val[1], 'interval': interval, 'rng': {'data': data_rng.get_state(), **rng, 'others': others},
-        'stream': walk.state(torch.cat([my_share(rows) for rows in all_rows.split(batch_size)])) if stream else None,
-        'config': config, 'tokenizer': meta['tokenizer'],
-        'data': {'dataset': dataset, 'wanted': wanted, 'sha256': meta['sha256']}, 'provenance': made_by}
-    for path in [best_path] * best + [last_path]:
-        training.from_writer(lambda: save(path, checkpoint))
+        'model_type': s.model_type, 'model_args': sizes_of(model), 'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(), 'iter_num': run.done, 'best_val_loss': run.best,
+        'run': vars(run), 'rng': rng, 'task': s.task, 'task_state': job.state(),
+        'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data, 'provenance': made_by}
+    for path in [best_path] * is_best + [last_path]:
+        from_writer(lambda: ckpt.save(path, checkpoint))
 
 
-# --- set up -----------------------------------------------------------------------------------------------------
-checkpoint = None
-if init_from == 'resume':  # a run that was stopped between its first two files has ckpt.pt alone, of the same content
-    checkpoint = load(best_path if os.path.exists(best_path) and not os.path.exists(last_path) else last_path)
-elif init_from != 'scratch':
-    checkpoint = load(find_file(init_from))
-if init_from == 'resume':  # goes on as before; the model stays what it is, other settings may be given anew
-    kept = {**checkpoint['model_args'], 'model_type': checkpoint['model_type'], 'dataset': checkpoint['data']['dataset']}
-    here = {'init_from', 'overwrite', 'out_dir', 'data_dir', 'device', 'threads'} | _given
-    before = {'products': 'torch', **checkpoint['config']}  # checkpoints without that key had no choice
-    for key, value in ({k: v for k, v in before.items() if k not in here} | kept).items():
-        if key in _given and key in config and config[key] != value and RANK == 0:
-            print(f"resume: {key} stays {value!r}")
-        if key in config:
-            config[key] = globals()[key] = value
-check_config()
-if threads:
-    torch.set_num_threads(threads)
-device = training.join(pick_device(device))
+def log_line(loss):
+    """Tell and log the updates since the last line; the next line starts anew."""
+    speed, figures = run.interval_tokens / run.interval_seconds, job.figures()
+    left = run.seconds / run.done * (s.max_iters - run.done)
+    shown = ''.join(f', {key} {value}' for key, value in figures.items())
+    say(f'iter {run.done}: loss {loss:.4f}, lr {lr_at(run.done - 1):.2e}{shown}, '
+        f'{speed:,.0f} tokens/s, {duration(left)} left{job.note}')
+    write_log(iter=run.done, loss=loss, lr=lr_at(run.done - 1), tokens_per_s=round(speed),
+              tokens=run.tokens, seconds=round(run.seconds, 1), **figures)
+    vars(run).update(new_interval())
+
+
+def new_interval():
+    """Of a line of the log: the sum of the losses, updates, tokens, seconds of training."""
+    return {'interval_loss': torch.zeros((), device=device), 'interval_steps': 0,
+            'interval_tokens': 0, 'interval_seconds': 0.0}
+
+
+def write_record():
+    """record.json and loss.png of a run that has ended, from its log."""
+    with open(log_path) as f:
+        log = [json.loads(line) for line in f]
+    steps, scored = ([line for line in log if key in line] for key in ('loss', 'val_loss'))
+    thinned = steps[::len(steps) // 200 + 1]
+    shown = {f'{name} loss': {'x': 'tokens', 'y': 'loss', 'points': [
+        {'x': line['tokens'], 'value': line[key]} for line in lines]} for name, key, lines in (
+            ('validation', 'val_loss', scored), ('training', 'loss', thinned))}
+    speed = statistics.median([line['tokens_per_s'] for line in steps] or [math.nan])
+    metrics = {'loss': metric(run.val['val_loss'], run.val['val_error']),
+               'tokens': metric(run.tokens), 'parameters': metric(count_parameters(model)),
+               'flops_per_token': metric(flops_per_token(model, s.block_size)),
+               'tokens_per_s': metric(speed), 'minutes': metric(run.seconds / 60),
+               'peak_mb': metric(machine.peak_mb(device))}
+    notes = [job.note.strip()] if job.note else []
+    save_record(os.path.join(out_dir, 'record.json'), make_record(
+        'training', s.as_dict(), [s.seed], metrics, shown, notes, device=device))
+    title = f"{s.model_type}, {job.data.get('dataset', s.task)}"
+    curves(os.path.join(out_dir, 'loss.png'), title, shown, log=False)
+
+
+# --- set up ---------------------------------------------------------------------------------------
+s, notes, checkpoint = configure(globals(), parts=parts), [], None
+out_dir = os.path.join(ROOT, s.out_dir)
+if s.init_from == 'resume':
+    checkpoint = ckpt.load_to_resume(out_dir)
+    s, notes = merge(checkpoint['config'], s, FIXED, HERE)
+elif s.init_from != 'scratch':
+    checkpoint = ckpt.load(ckpt.find_file(s.init_from))
+best_path, last_path, log_path = (os.path.join(out_dir, name)
+                                  for name in ('ckpt.pt', 'last.pt', 'log.jsonl'))
+check(s)
+machine.set_threads(s.threads)
+device = processes.join(machine.pick_device(s.device))
+from_writer(lambda: open_folder(s))
 if device == 'cpu':
-    training.keep_freed_memory()
-    products = config['products'] = training.choose_products(products)
-wanted = checkpoint['data']['wanted'] if init_from == 'resume' else dataset
-dataset, meta = training.from_writer(find_data)
-config['dataset'] = dataset
-data_note = f" [data: {dataset}, in place of {wanted}]" if dataset != wanted else ''
-if init_from == 'resume' and checkpoint['data']['sha256'] != meta['sha256']:
-    raise SystemExit(f"error: data set '{dataset}' is not the text that the run in {out_dir} was trained on")
-if checkpoint and checkpoint.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-    raise SystemExit(f"error: the checkpoint's vocabulary is not that of data set '{dataset}': prepare the text it was "
-                     f"trained on (the checkpoint names {checkpoint['data']['dataset']!r}), or start from scratch")
-train_data, val_data = (np.memmap(os.path.join(data_dir, dataset, f'{name}.bin'), dtype=np.uint16, mode='r')
-                        for name in ('train', 'val'))
-if len(train_data) <= max(block_size, stretch) or len(val_data[:eval_tokens or None]) < 2:
-    raise SystemExit(f"error: data set '{dataset}' is too short ({len(train_data)} training and {len(val_data)} validation "
-                     f"tokens) for sequences of {max(block_size, stretch)} tokens: lower block_size or take a longer text")
-val_data = torch.from_numpy(val_data[:eval_tokens or None].astype(np.int64)).to(device)
+    machine.keep_freed_memory()
+    s = s.replace(products=machine.choose_products(s.products))
+job = find_task(s.task).Task(s)
+if job.data:
+    s = s.replace(dataset=job.data['dataset'])
+if checkpoint and checkpoint.get('tokenizer') not in (None, job.tokenizer):
+    corpus = job.data.get('dataset', f'task {s.task}')
+    raise SystemExit(f"error: the checkpoint's vocabulary is not that of '{corpus}': prepare the "
+                     f'text it was trained on, or start from scratch')
+if s.init_from == 'resume' and checkpoint['data'].get('sha256') != job.data.get('sha256'):
+    raise SystemExit(f"error: data set '{s.dataset}' is not the text that the run in {out_dir} was "
+                     f'trained on')
+if s.init_from == 'resume':
+    job.data.update(checkpoint['data'])  # of a text in place of another: of which
 
-torch.manual_seed(seed)
-data_rng = torch.Generator().manual_seed(seed)
-if init_from == 'scratch':
-    model = make_model(model_type, {**config, 'vocab_size': meta['vocab_size']}).to(device)
-elif init_from == 'resume':
-    model = load_model(checkpoint, device=device)
+torch.manual_seed(s.seed)
+if s.init_from == 'scratch':
+    model = make_model(s.model_type, {**s.as_dict(), **job.sizes})
+elif s.init_from == 'resume':
+    model = ckpt.load_model(checkpoint)
 else:
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'carry', 'dropout')
-    for key, value in checkpoint['model_args'].items():
-        if key in _given and key not in own and config.get(key, value) != value:
-            print(f"init_from: {key} stays {value!r}")
-    model = load_model(checkpoint, model_type, device, **{key: config[key] for key in own})
-    if model.config.vocab_size < meta['vocab_size']:
-        raise SystemExit(f"error: the checkpoint knows {model.config.vocab_size} tokens, data set '{dataset}' has "
-                         f"{meta['vocab_size']}: prepare it with the checkpoint's tokenizer")
-if model_type == 'gpt' and (bptt_segments or recompute):
-    raise SystemExit("error: a GPT has no segments: bptt_segments must be 0 and recompute False for model_type='gpt'")
-config.update({key: value for key, value in model_args(model).items() if key in config})
-print(show(config))
-how = dict(chunk=bptt_segments * segment_size, recompute=recompute, device=device)
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.split(':')[0])
-
-half = dtype == 'bfloat16' or dtype == 'auto' and device.startswith('cuda')
+    sizes = {key: getattr(s, key) for key in own}
+    model = ckpt.load_model(checkpoint, s.model_type, **sizes)
+    notes += [f'init_from: {key} stays {value!r}' for key, value in sizes_of(model).items()
+              if key in s.given and key not in own and getattr(s, key) != value]
+    if model.config.vocab_size < job.sizes['vocab_size']:
+        raise SystemExit(f'error: the checkpoint knows {model.config.vocab_size} tokens, the data '
+                         f"has {job.sizes['vocab_size']}: prepare it with the checkpoint's "
+                         f'tokenizer')
+model.to(device)
+processes.same_weights(model)
+if (s.bptt_segments or s.recompute) and not carries(model):
+    raise SystemExit(f'error: model_type={s.model_type!r} has no segments: bptt_segments must be 0 '
+                     f'and recompute False')
+s = s.replace(**{key: value for key, value in sizes_of(model).items() if key in s.as_dict()})
+say('\n'.join([*notes, show(s)]))
+optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
+half = s.dtype == 'bfloat16' or s.dtype == 'auto' and device.startswith('cuda')
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if half else nullcontext()
-training.compile_model(model, batch_size // WORLD, compile, device, autocast)
-trained = training.parallel(model, device)
+with autocast:
+    machine.compile_blocks(model, s.compile, device)
+job.start(model, device, autocast)
 if RANK:
-    torch.manual_seed(seed + RANK)  # the weights are the same everywhere, what dropout drops is not
+    torch.manual_seed(s.seed + RANK)  # the weights are the same, what dropout drops is not
 
-all_rows = torch.arange(batch_size * gradient_accumulation_steps)  # of an update
-walk = training.Walk(len(all_rows), block_size, len(train_data))
-tokens_per_update = len(all_rows) * block_size
-start, best_val_loss, val = 0, math.inf, (math.inf, 0.0)
-interval = {'loss': torch.zeros((), device=device), 'steps': 0}  # of the log line under way
-if init_from == 'resume':
+run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=False,
+                      val={'val_loss': math.inf, 'val_error': None}, **new_interval())
+if s.init_from == 'resume':
     optimizer.load_state_dict(checkpoint['optimizer'])
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
-        group.update(weight_decay=decay, betas=(beta1, beta2))
-    start, best_val_loss, interval = checkpoint['iter_num'], checkpoint['best_val_loss'], checkpoint['interval']
-    val = checkpoint['val_loss'], checkpoint['val_error']
-    interval['loss'] = interval['loss'].to(device)
-    data_rng.set_state(checkpoint['rng']['data'])
-    for rng in [checkpoint['rng'], *checkpoint['rng'].get('others', [])][RANK:RANK + 1]:  # none for a process too many
-        training.set_random_state((rng['torch'], rng.get('cuda')), device)
-    if stream and checkpoint.get('stream'):
-        walk.load(checkpoint['stream'], device)
+    for group in optimizer.param_groups:
+        decay = s.weight_decay if group['weight_decay'] else 0.0
+        group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
+    vars(run).update(checkpoint['run'])
+    run.interval_loss = run.interval_loss.to(device)
+    job.load_state(checkpoint['task_state'], device)
+    for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
+        set_random_state(state, device)
 made_by = {**provenance(device), 'processes': WORLD}
-# what is written again from here on goes, a finished run's last evaluation too
-training.from_writer(lambda: open_run(out_dir, init_from != 'resume', lambda record: start and (
-    record['iter'] < start or record['iter'] == start and not (start >= max_iters and 'val_loss' in record))))
-write_log(event='start', iter=start, config=config, parameters=model.num_params(), **made_by)
-print(f"{model_type} with {model.num_params():,} parameters on {device} ({made_by['hardware']}), "
-      f"{f'{WORLD} processes, ' if WORLD > 1 else ''}{'bfloat16' if half else 'float32'}; "
-      f"{tokens_per_update:,} tokens per update")
+from_writer(lambda: ckpt.open_run(out_dir, s.init_from != 'resume', keep_of_log))
+write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),
+          **job.data, **made_by)
+say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
+    f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
+    f"{torch.get_num_threads()} threads, {'bfloat16' if half else 'float32'}")
 
-# --- train ------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 model.train()
-if start >= max_iters:
-    print(f"nothing left to train: iteration {start} of {max_iters}")
-    save_run(start, evaluate(start))
-stop = training.Stop()
-step_time, steps_timed, begun = 0.0, 0, time.perf_counter()
-for it in range(start, max_iters):
-    before = time.perf_counter()
-    interval['loss'] += train_step(it)
-    interval['steps'] += 1
-    done = it + 1
+stop = processes.Stop()
+finished = run.done >= s.max_iters
+if not run.done:
+    save()  # a run that is killed before its first evaluation can be resumed, too
+if run.pending or finished:
+    evaluate()
+while run.done < s.max_iters:
+    start_time = time.perf_counter()
+    loss, tokens = train_step(run.done)
+    run.interval_loss += loss
+    run.interval_steps += 1
+    run.interval_tokens += tokens
+    run.tokens += tokens
+    run.done += 1
     stop_now = stop.wanted()
-    log_now, evaluate_now = done % log_interval == 0, done % eval_interval == 0 or done == max_iters
-    save_now = evaluate_now or stop_now or checkpoint_interval and done % checkpoint_interval == 0
-    if log_now or save_now:  # reading the loss waits for the device: the time below is that of finished steps
-        loss = interval['loss'].item() / interval['steps']
-        stop_unless_finite(loss, 'the training loss', done)
-    step_time, steps_timed = step_time + time.perf_counter() - before, steps_timed + 1
+    log_now = run.done % s.log_interval == 0
+    run.pending = run.done % s.eval_interval == 0 or run.done == s.max_iters
+    save_now = stop_now or s.checkpoint_interval and run.done % s.checkpoint_interval == 0
+    if log_now or run.pending or save_now:  # reading the loss waits for the device
+        mean_loss = run.interval_loss.item() / run.interval_steps
+        stop_unless_finite(mean_loss, 'the training loss')
+    seconds = time.perf_counter() - start_time
+    run.seconds += seconds
+    run.interval_seconds += seconds
     if log_now:
-        speed = steps_timed * tokens_per_update / step_time
-        left = (time.perf_counter() - begun) / (done - start) * (max_iters - done)
-        print(f"iter {done}: loss {loss:.4f}, lr {lr_at(it):.2e}, {speed:,.0f} tokens/s, "
-              f"{int(left) // 60}m {int(left) % 60:02d}s left{data_note}")
-        write_log(iter=done, loss=loss, lr=lr_at(it), tokens_per_s=round(speed), tokens=done * tokens_per_update)
-        interval = {'loss': torch.zeros((), device=device), 'steps': 0}
-        step_time, steps_timed = 0.0, 0
-    if save_now:
-        save_run(done, evaluate(done) if evaluate_now else False)
-    if stop_now and done < max_iters:
-        print(f"stopped by {signal.Signals(stop_now).name} after iteration {done} of {max_iters}, saved; "
-              f"--init_from=resume goes on from there")
+        log_line(mean_loss)
+    if run.pending or save_now:
+        save()
+    if stop_now and run.done < s.max_iters:
         break
+    if run.pending:
+        evaluate()
+if run.done < s.max_iters:
+    say(f'stopped by {signal.Signals(stop_now).name} after iteration {run.done} of {s.max_iters}, '
+        f'saved; --init_from=resume goes on from there')
 else:
-    print(f"done in {(time.perf_counter() - begun) / 60:.1f} minutes; "
-          f"python sample.py --out_dir={os.path.relpath(out_dir)}")
-training.leave(stop)
+    from_writer(write_record)
+    script = 'sample.py' if job.tokenizer else 'probe.py'
+    word = 'nothing left to train, evaluated again' if finished else 'done'
+    say(f"{word}, {duration(run.seconds)} of training; python {script} "
+        f"{shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')}")
+stop.done()
+processes.leave()

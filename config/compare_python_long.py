@@ -1,16 +1,18 @@
-# How far back folds use Python source, beside their controls: python compare.py config/compare_python_long.py
-# Sequences of 384 characters, four times those of config/compare_python.py, and a probe made for long histories: two
-# and a half hours on one CPU core (--jobs=1).
+# How far back folds use Python source, beside their controls:
+#   python compare.py config/compare_python_long.py
+# Sequences of 384 characters, four times those of compare_python.py, and a probe made for long
+# histories: two and a half hours on one CPU core (--jobs=1).
 seeds = [1337]
 tokens = 9_216_000
 
-common = dict(dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4, n_head=4, n_embd=128,
-              segment_size=12, block_size=384, batch_size=8, learning_rate=2e-3, min_lr=1e-4)
+common = dict(dataset='python', model_type='fold', n_local=1, n_global=3, n_layer=4, n_head=4,
+              n_embd=128, segment_size=12, block_size=384, batch_size=8, learning_rate=2e-3,
+              min_lr=1e-4)
 runs = {
     'fold': dict(),
     'fold, gated carry': dict(carry='gated'),
     'GPT, window 384': dict(model_type='gpt'),
-    # windows are cut from stretches of 384 tokens, so that every run sees the same text in the same order
+    # windows are cut from stretches of 384 tokens: every run sees the same text in the same order
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=256, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=128, stretch=384),
     'fold, carry dropped': dict(model_type='fold_dropped'),
@@ -18,7 +20,7 @@ runs = {
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 384'
 # histories that leave the segment room in a window of 384, so that no window need slide
-probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', swaps='', targets=5000, words=1500,
-             bins='24,48,96,150,336')
+probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', swaps='', targets=5000,
+             words=1500, bins='24,48,96,150,336')
 prompts = ['def read(self, ', 'import os\n']
 new_tokens = 200

@@ -1,10 +1,13 @@
-# A fold trained for an hour and a half on one core, and its controls: python compare.py config/compare_python_longest.py
-# As config/compare_python_long.py with twice the tokens and half as many of them an update, which config/compare_python_reach.py
-# found to lower the loss most, and with twice as much probed; three to four hours on one CPU core (--jobs=1).
+# A fold trained for an hour and a half on one CPU core, and its controls:
+#   python compare.py config/compare_python_longest.py
+# As compare_python_long.py with twice the tokens, and half as many of them an update, which
+# compare_python_reach.py found to lower the loss most; twice as much is probed. Three to four
+# hours on one CPU core (--jobs=1).
 import os
 import runpy
 
-_long = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_python_long.py'))
+_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_python_long.py')
+_long = runpy.run_path(_path)
 seeds, tokens = _long['seeds'], 2 * _long['tokens']
 common = {**_long['common'], 'batch_size': 4}
 runs = {

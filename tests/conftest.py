@@ -1,3 +1,4 @@
+"""What all tests share: a fresh random state, scripts run as from the command line, small data."""
 import os
 import runpy
 import sys
@@ -8,36 +9,33 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import model  # noqa: E402
+TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 
 
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
-    """Random numbers, threads and who multiplies as in a new process, whatever the test before has run."""
+    """Random numbers, threads and who multiplies as in a new process, whatever ran before."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in ('SHORT_WINDOW', 'SHORT_ROWS'):
-        monkeypatch.setattr(model, name, getattr(model, name))
     torch.backends.mkldnn.matmul.fp32_precision = 'none'
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run('train.py', '--key=value', ...) as from the command line; gives code, out, err and the script's globals."""
+    """run('train.py', '--key=value', ...) as from the command line: code, out, err, globals."""
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         capsys.readouterr()
         code, error, names = 0, '', {}
         try:
             names = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-        except SystemExit as stop:  # what the interpreter does with it: a text goes to stderr and the code is 1
-            code, error = (1, stop.code + '\n') if isinstance(stop.code, str) else (stop.code or 0, '')
+        except SystemExit as stop:  # a text goes to standard error, and the code is 1
+            is_text = isinstance(stop.code, str)
+            code, error = (1, stop.code + '\n') if is_text else (stop.code or 0, '')
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
     return run
-
-
-TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 
 
 @pytest.fixture(scope='session')
@@ -52,10 +50,12 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def train(run, data_dir, tmp_path):
-    """train(**settings): a run of train.py on the small data set, seconds long; settings override."""
+    """train(**settings): a run of train.py on the small data set, seconds long; settings count."""
     def train(model_type='fold', **settings):
-        small = dict(data_dir=data_dir, dataset='tiny', out_dir=tmp_path / 'out', device='cpu', model_type=model_type,
-                     n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1, segment_size=4, block_size=16, batch_size=4,
-                     max_iters=20, eval_interval=10, log_interval=1, warmup_iters=2, dropout=0.1)
-        return run('train.py', *(f'--{key}={value}' for key, value in {**small, **settings}.items()))
+        small = dict(data_dir=data_dir, dataset='tiny', out_dir=tmp_path / 'out', device='cpu',
+                     model_type=model_type, n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1,
+                     segment_size=4, block_size=16, batch_size=4, max_iters=20, eval_interval=10,
+                     log_interval=1, warmup_iters=2, dropout=0.1)
+        small.update(settings)
+        return run('train.py', *(f'--{key}={value}' for key, value in small.items()))
     return train

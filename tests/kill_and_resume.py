@@ -1,87 +1,85 @@
-"""
-Kill a run with SIGKILL at random moments, resume it each time, and compare it with one that nobody disturbed.
+"""Kill runs with SIGKILL at random moments, resume them, and compare with undisturbed ones.
 
-    python tests/kill_and_resume.py        # ten kills
+    python tests/kill_and_resume.py        # ten kills of a text run and of a needle run
     python tests/kill_and_resume.py 3      # three
 """
-import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-
-import torch
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 STEPS = 15  # between two kills, at most
 TEXT = ''.join(f'{a} times {b} is {a * b}.\n' for a in range(30) for b in range(7))
-SETTINGS = dict(dataset='sums', device='cpu', threads=1, n_local=1, n_global=2, n_head=2, n_embd=32, segment_size=4,
-                block_size=16, batch_size=4, gradient_accumulation_steps=2, dropout=0.1, stream=True, bptt_segments=3,
-                recompute=True, eval_interval=7, checkpoint_interval=1, log_interval=1, warmup_iters=2)
+SHARED = dict(device='cpu', threads=1, n_local=1, n_head=2, n_embd=32, segment_size=4,
+              block_size=16, batch_size=4, eval_interval=7, checkpoint_interval=1, log_interval=1,
+              warmup_iters=2, dropout=0.1)
+TASKS = {'text': dict(dataset='sums', n_global=2, gradient_accumulation_steps=2, stream=True,
+                      bptt_segments=3, recompute=True),
+         'needle': dict(n_global=1, batch_size=16, key_length=1, symbols=1, carry='gated',
+                        longest=3, probe_distance=9, learning_rate=0.01)}
 
 
-def start(out_dir, data_dir, **settings):
-    args = {**SETTINGS, 'out_dir': out_dir, 'data_dir': data_dir, **settings}
-    return subprocess.Popen([sys.executable, '-u', os.path.join(ROOT, 'train.py'), *(f'--{k}={v}' for k, v in args.items())],
-                            stdout=subprocess.PIPE, text=True)
+def start(task, out_dir, data_dir, kills, **settings):
+    values = {**SHARED, **TASKS[task], 'task': task, 'out_dir': out_dir, 'data_dir': data_dir,
+              'max_iters': (kills + 1) * STEPS, **settings}
+    words = [sys.executable, os.path.join(ROOT, 'train.py')]
+    return subprocess.Popen([*words, *(f'--{key}={value}' for key, value in values.items())],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
     output = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(f"error: train.py ended with code {process.returncode}\n{output[-2000:]}")
+    assert process.returncode == 0, output[-2000:]
 
 
-def kill_in_a_while(process, draw):
-    """Let some steps pass, then some time that is no multiple of a step. Returns whether it was still running."""
-    steps = draw.randrange(STEPS)
+def kill_in_a_while(process, generator):
+    """Let some updates pass, then some time that is no multiple of an update's."""
+    steps, printed = generator.randrange(STEPS), []
     for line in process.stdout:
+        printed.append(line)
         steps -= line.startswith('iter') and 'lr' in line
         if steps < 0:
             break
-    time.sleep(draw.random() * 0.05)
+    time.sleep(generator.random() * 0.05)
     process.kill()
     process.communicate()
-    return process.returncode < 0
+    assert process.returncode < 0, f'it ended before it was killed: {"".join(printed[-5:])}'
 
 
-def records(out_dir, key):
-    with open(os.path.join(out_dir, 'log.jsonl')) as f:
-        return [(line['iter'], line[key]) for line in map(json.loads, f) if key in line]
+def disturbed_and_not(task, folder, kills, generator):
+    """Raises AssertionError if the disturbed run ends with other weights, optimizer, random
+    numbers, state of the task or log."""
+    from test_resume import assert_same_runs
+    whole, parts = (Path(folder, f'{task}_{name}') for name in ('whole', 'parts'))
+    undisturbed = start(task, whole, folder, kills)  # beside the other, which has its own folder
+    for killed in range(kills):
+        saved = any((parts / name).exists() for name in ('last.pt', 'ckpt.pt'))
+        kill_in_a_while(start(task, parts, folder, kills,
+                              init_from='resume' if saved else 'scratch'), generator)
+        print(f'{task}: killed {killed + 1} of {kills} times')
+    finish(start(task, parts, folder, kills, init_from='resume'))
+    finish(undisturbed)
+    assert_same_runs(whole, parts)
+    assert (whole / 'loss.png').stat().st_size > 1000 and not list(parts.glob('.*.tmp'))
+    print(f"{task}: {kills} kills, each followed by resume: all is the undisturbed run's, "
+          'bit for bit')
 
 
 def main(kills, seed=0):
-    """Raises AssertionError if the disturbed run ends with other weights, another state or another log."""
     from prepare import prepare
-    draw, killed = random.Random(seed), 0
+    generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        with open(os.path.join(folder, 'sums.txt'), 'w') as f:
+        path = os.path.join(folder, 'sums.txt')
+        with open(path, 'w') as f:
             f.write(TEXT)
-        prepare('sums', file=os.path.join(folder, 'sums.txt'), data_dir=folder, quiet=True)
-        whole, parts = os.path.join(folder, 'whole'), os.path.join(folder, 'parts')
-        how = dict(data_dir=folder, max_iters=(kills + 1) * STEPS)
-        finish(start(whole, **how))
-        while killed < kills:
-            saved = os.path.exists(os.path.join(parts, 'last.pt'))
-            again = dict(init_from='resume') if saved else dict(overwrite=True)
-            assert kill_in_a_while(start(parts, **again, **how), draw), "the run ended before it was killed"
-            killed += 1
-            at = 'before its first checkpoint'
-            if os.path.exists(os.path.join(parts, 'last.pt')):
-                at = f"at {torch.load(os.path.join(parts, 'last.pt'), weights_only=True)['iter_num']} of {how['max_iters']}"
-            print(f"kill {killed} of {kills}: the checkpoint is whole, {at}")
-        finish(start(parts, init_from='resume', **how))
-        a, b = (torch.load(os.path.join(path, 'last.pt'), weights_only=True) for path in (whole, parts))
-        assert a['iter_num'] == b['iter_num'] == how['max_iters']
-        for name, value in a['model'].items():
-            assert torch.equal(value, b['model'][name]), f"{name} differs after {killed} kills"
-        assert all(torch.equal(a['stream'][key], b['stream'][key]) for key in ('at', 'fresh', 'carry'))
-        for key in ('loss', 'val_loss', 'lr'):
-            assert records(whole, key) == records(parts, key), f"the log's {key} differs after {killed} kills"
-    print(f"{killed} kills, each followed by resume: weights, streams and log equal the undisturbed run's, bit for bit")
+        prepare('sums', file=path, data_dir=folder, quiet=True)
+        for task in TASKS:
+            disturbed_and_not(task, folder, kills, generator)
 
 
 if __name__ == '__main__':

@@ -1,22 +1,20 @@
-"""configurator.py: precedence, value rules, help, and a one-line error for every bad input."""
+"""configurator.py: precedence, kinds of values, help, parts, merging, and one-line errors."""
+import importlib
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from configurator import configure, numbers, show
+from configurator import Settings, at_least, configure, merge, numbers, show
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPT = '''"""Train a thing.
-
-More words.
-"""
-import sys
+SCRIPT = '''"""Train a thing.\n\nMore words."""
 from configurator import configure, show
 # input and output
 out_dir = 'out'     # where checkpoints go
-data_file = ''      # what to read
 # model
 batch_size = 12     # rows of a batch,
                     # all of one length
@@ -24,216 +22,17 @@ batch_size = 12     # rows of a batch,
 dropout = 0.1
 compile = False     # "#" is no comment inside a string
 name = 'a # b'
-_hidden = 1         # not a key
-config = configure(globals())
-late = 1            # not a key either
+_hidden = LIMIT = 1  # not keys
+settings = configure(globals())
+late = 1            # no key either
 batch_size = batch_size  # a later assignment
-print(show(config))
+print(show(settings))
 '''
-
-
-@pytest.fixture
-def settings(tmp_path, monkeypatch):
-    """Globals of a script in its own folder; the current directory is another one."""
-    here = tmp_path / "here"
-    (tmp_path / "script" / "config").mkdir(parents=True)
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return dict(__file__=str(tmp_path / "script" / "train.py"), __name__="__main__", os=os, helper=show, items=[1],
-                _private=1, out_dir="out", data_file="", file="", note="n", batch_size=12, dropout=0.1, compile=False)
-
-
-def error_of(call, *args, **kwargs):
-    """The message of a SystemExit, checked for the form that every error has."""
-    with pytest.raises(SystemExit) as caught:
-        call(*args, **kwargs)
-    message = caught.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    return message
-
-
-def write(folder, text, name="my.py"):
-    path = os.path.join(folder, name)
-    with open(path, "w") as stream:
-        stream.write(text)
-    return name
-
-
-def test_keys_are_the_public_plain_values_of_the_namespace(settings):
-    config = configure(settings, [])
-    assert list(config) == ["out_dir", "data_file", "file", "note", "batch_size", "dropout", "compile"]
-    assert config["batch_size"] == 12
-
-
-@pytest.mark.parametrize("flag, value", [
-    ("batch_size=4", 4), ("batch_size=-1", -1), ("batch_size=1_000", 1000), ("batch_size=1e4", 10000),
-    ("batch_size=2000.0", 2000), ("batch_size=9007199254740993", 2 ** 53 + 1),
-    ("dropout=1", 1.0), ("dropout=1e-3", 0.001), ("dropout=1e30", 1e30), ("dropout=inf", float("inf")),
-    ("compile=True", True), ("compile=FALSE", False), ("compile=true", True),
-    ("note=a=b", "a=b"), ("note=", ""), ("note= 3 ", " 3 "), ("note=x/y", "x/y"),
-])
-def test_flag_values(settings, flag, value):
-    key = flag.partition("=")[0]
-    config = configure(settings, [f"--{flag}"])
-    assert config[key] == value and type(config[key]) is type(value)
-    assert settings[key] is config[key]
-
-
-@pytest.mark.parametrize("flag, words", [
-    ("--batch_size=4.5", ["batch_size", "'4.5'", "integer", "12"]),
-    ("--batch_size=", ["batch_size", "''", "integer"]),
-    ("--batch_size=True", ["batch_size", "'True'", "integer"]),
-    ("--batch_size=inf", ["integer"]), ("--batch_size=nan", ["integer"]), ("--batch_size=1e300", ["integer"]),
-    ("--dropout=nan", ["dropout", "'nan'", "a number", "0.1"]), ("--dropout=x\ny", ["dropout", "a number"]),
-    ("--dropout=" + "x" * 500, ["..."]),
-    ("--compile=1", ["compile", "'1'", "True or False", "default False"]), ("--compile=yes", ["True or False"]),
-    ("--batchsize=4", ["--batchsize", "did you mean --batch_size?"]),
-    ("--batch-size=4", ["--batch-size", "did you mean --batch_size?"]),
-    ("--zzz=4", ["--zzz", "--help"]), ("--=4", ["unknown"]), ("--_private=2", ["unknown"]), ("--items=2", ["unknown"]),
-    ("--batch_size", ["--batch_size", "--key=value"]), ("--compile", ["--compile=True"]), ("--", ["unknown"]),
-    ("batch_size=4", ["write --batch_size=4"]), ("-batch_size=4", ["write --batch_size=4"]),
-    ("-b", ["'-b'", "--key=value"]), ("", ["not a .py file"]),
-])
-def test_bad_arguments(settings, flag, words):
-    before = dict(settings)
-    message = error_of(configure, settings, ["--note=x", flag])
-    assert all(word in message for word in words), message
-    assert len(message) < 300
-    assert settings == before
-
-
-@pytest.mark.parametrize("argv, shown", [
-    (["--batch_size", "4"], "--batch_size=4"), (["--batch_size", "--note=x"], "--batch_size=VALUE"),
-    (["--compile", "false"], "--compile=false"), (["--compile", "my.py"], "--compile=True"),
-])
-def test_value_after_a_space_is_shown_the_right_form(settings, argv, shown):
-    assert error_of(configure, settings, argv).endswith(f"here {shown}")
-
-
-def test_default_argv_is_the_command_line(settings, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--batch_size=3"])
-    assert configure(settings)["batch_size"] == 3
-
-
-def test_the_last_of_two_flags_counts(settings):
-    assert configure(settings, ["--note=a", "--note=b"])["note"] == "b"
-
-
-def test_config_files_in_order_then_flags_wherever_they_stand(settings):
-    write(".", "batch_size = 1\nnote = 'one'\ndropout = 0", "one.py")
-    write(".", "batch_size = 2\nnote = 'two'", "two.py")
-    config = configure(settings, ["--note=flag", "one.py", "two.py"])
-    assert (config["batch_size"], config["note"], config["dropout"]) == (2, "flag", 0.0)
-    assert type(config["dropout"]) is float
-    assert configure(settings, ["two.py", "one.py"])["batch_size"] == 1
-
-
-def test_config_file_may_compute_and_knows_its_path(settings):
-    write(".", "import os, math\nfrom math import floor\n_n = 3\ndef double(x):\n    return 2 * x\nclass C: pass\n"
-               "batch_size = double(_n) * 1.0\nnote = os.path.basename(__file__)")
-    config = configure(settings, ["my.py"])
-    assert config["batch_size"] == 6 and type(config["batch_size"]) is int and config["note"] == "my.py"
-    assert "double" not in settings and "_n" not in settings
-
-
-def test_config_file_does_not_see_the_script(settings):
-    write(".", "note = str(batch_size)")
-    assert "my.py:1: NameError" in error_of(configure, settings, ["my.py"])
-
-
-def test_config_file_is_looked_up_here_first_then_beside_the_script(settings):
-    beside = os.path.dirname(settings["__file__"])
-    write(beside, "note = 'beside'", "config/my.py")
-    assert configure(settings, ["config/my.py"])["note"] == "beside"
-    os.mkdir("config")
-    write(".", "note = 'here'", "config/my.py")
-    assert configure(settings, ["config/my.py"])["note"] == "here"
-
-
-@pytest.mark.parametrize("text, words", [
-    ("batchsize = 3", ["my.py", "'batchsize'", "did you mean batch_size?"]),
-    ("zzz = 3", ["'zzz'", "--help"]), ("steps = [1]", ["'steps'"]),
-    ("batch_size = True", ["my.py", "batch_size=True", "an integer", "default 12"]),
-    ("batch_size = '4'", ["batch_size='4'", "an integer"]), ("batch_size = 1.5", ["1.5"]),
-    ("batch_size = 2 ** 63", ["an integer"]), ("batch_size = None", ["None"]),
-    ("dropout = True", ["dropout=True", "a number"]), ("dropout = float('nan')", ["nan"]),
-    ("dropout = 10 ** 400", ["a number"]), ("dropout = '0.1'", ["a number"]),
-    ("compile = 1", ["compile=1", "True or False"]), ("compile = 'true'", ["True or False"]),
-    ("note = 3", ["note=3", "text"]), ("import os as note", ["note=", "text"]),
-    ("note = 'x'\nbatch_size = = 3", ["my.py:2:", "SyntaxError"]),
-    ("note = 'x'\n\nbatch_size = 1 / 0", ["my.py:3:", "ZeroDivisionError"]),
-    ("def f():\n    raise ValueError('a\\nb')\n\nf()", ["my.py:2:", "ValueError: a b"]),
-    ("note = '1'\nimport json\njson.loads('{')", ["my.py:3:", "JSONDecodeError"]),
-    ("note = '1'\n\ncompile('= =', 'other.py', 'exec')", ["my.py:3:", "SyntaxError"]),
-    ("exit(0)", ["my.py:1:", "SystemExit"]), ("x = '\0'", ["my.py:", "null bytes"]),
-])
-def test_bad_config_files(settings, text, words):
-    before = dict(settings)
-    write(".", text)
-    message = error_of(configure, settings, ["my.py"])
-    assert all(word in message for word in words), message
-    assert settings == before
-
-
-@pytest.mark.parametrize("name, words", [
-    ("config/shakespear.py", ["'config/shakespear.py' not found", "did you mean config/shakespeare.py?"]),
-    ("shakespeare", ["not a .py file", "did you mean config/shakespeare.py?"]),
-    ("qqq.py", ["'qqq.py' not found", "--key=value"]), ("folder.py", ["not found"]),
-])
-def test_missing_config_file(settings, name, words):
-    write(os.path.dirname(settings["__file__"]), "", "config/shakespeare.py")
-    os.mkdir("folder.py")
-    message = error_of(configure, settings, [name])
-    assert all(word in message for word in words), message
-
-
-def test_missing_config_file_without_a_config_folder(settings):
-    os.rmdir(os.path.join(os.path.dirname(settings["__file__"]), "config"))
-    assert "not found" in error_of(configure, settings, ["x.py"])
-
-
-def test_paths_given_as_flags_are_meant_from_the_current_directory(settings):
-    config = configure(settings, ["--out_dir=x", "--data_file=../y", "--file=z", "--note=w"])
-    here = os.getcwd()
-    assert config["out_dir"] == os.path.join(here, "x")
-    assert config["data_file"] == os.path.join(os.path.dirname(here), "y")
-    assert (config["file"], config["note"]) == (os.path.join(here, "z"), "w")
-
-
-def test_other_paths_stay_as_written(settings):
-    write(".", "out_dir = 'there'")
-    assert configure(dict(settings), ["my.py"])["out_dir"] == "there"
-    assert configure(dict(settings), [])["out_dir"] == "out"
-    assert configure(dict(settings), ["--out_dir="])["out_dir"] == ""
-    assert configure(dict(settings), ["--out_dir=~/x"])["out_dir"] == os.path.expanduser("~/x")
-
-
-def test_positional_key(settings):
-    write(".", "note = 'config'")
-    assert configure(dict(settings), ["text"], positional="note")["note"] == "text"
-    assert configure(dict(settings), ["my.py"], positional="note")["note"] == "my.py"
-    assert configure(dict(settings), ["text", "--note=flag"], positional="note")["note"] == "flag"
-    assert "'b' is one argument too many" in error_of(configure, settings, ["a", "b"], positional="note")
-    assert "--batch_size=3" in error_of(configure, settings, ["a", "batch_size=3"], positional="note")
-
-
-def test_show_is_aligned():
-    assert show({"a": 1, "long": "x", "b": 0.5}) == "a    = 1\nlong = 'x'\nb    = 0.5"
-    assert show({}) == ""
-
-
-def run_script(folder, *argv):
-    write(folder, SCRIPT, "train.py")
-    return subprocess.run([sys.executable, "train.py", *argv], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ROOT})
-
-
-HELP = '''usage: python train.py [config.py ...] [--key=value ...]
+HELP = '''usage: python my.py [config.py ...] [--key=value ...]
 Train a thing.
 
 input and output
   --out_dir='out'  where checkpoints go
-  --data_file=''   what to read
 
 model
   --batch_size=12  rows of a batch, all of one length
@@ -243,38 +42,219 @@ model
 '''
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--name=x", "-h"], ["nonsense", "--help"]])
-def test_help(tmp_path, argv):
-    done = run_script(tmp_path, *argv)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == HELP
+@dataclass
+class Small:
+    size: int        # required, hence not a key
+    width: int = 4   # of a layer,
+                     # even
+    batch_size: int = 99  # the script's own key
 
 
-def test_help_with_a_positional_key_and_without_a_source(settings, capsys):
+@dataclass
+class Wide(Small):
+    # kind of carry
+    carry: str = 'plain'
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Globals of a script in its own folder; the current directory is another one."""
+    (tmp_path / 'script' / 'config').mkdir(parents=True)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    return dict(__file__=str(tmp_path / 'script' / 'train.py'), os=os, helper=show, items=[1],
+                _private=1, LIMIT=1, out_dir='out', data_file='', file='', note='n', batch_size=12,
+                dropout=0.1, compile=False)
+
+
+def check_error(words, call, *args, **kwargs):
+    """A SystemExit in one line that holds all of the words, which | separates."""
     with pytest.raises(SystemExit) as caught:
-        configure(settings, ["-h"], positional="note")
-    assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: python train.py NOTE [--key=value ...]\n") and "--batch_size=12" in out
+        call(*args, **kwargs)
+    message = caught.value.code
+    assert message.startswith('error: ') and '\n' not in message and len(message) < 300
+    assert all(word in message for word in words.split('|')), message
 
 
-def test_script_prints_its_settings_or_one_line_on_stderr(tmp_path):
-    done = run_script(tmp_path, "--batch_size=3")
-    assert done.returncode == 0 and "batch_size = 3\n" in done.stdout and "late" not in done.stdout
-    done = run_script(tmp_path, "--late=3")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: unknown key --late") and done.stderr.count("\n") == 1
+def write(text, name='my.py', folder='.'):
+    Path(folder, name).write_text(text)
 
 
-def test_numbers_in_a_text():
-    assert numbers('at', ' 48,12, 48,0') == [0, 12, 48] and numbers('at', '24', least=1, multiple=12) == [24]
-    for text, how in (('', {}), ('12,x', {}), ('-12', {}), ('1.5', {}), ('0,12', dict(least=1)), ('12,20', dict(multiple=12))):
-        assert "at must be whole numbers" in error_of(numbers, 'at', text, **how)
+def run_script(folder, text, *argv, stdout=subprocess.PIPE):
+    write(text, folder=folder)
+    return subprocess.run([sys.executable, folder / 'my.py', *argv], stdout=stdout, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': ROOT})
 
 
-@pytest.mark.parametrize("end, words", [("raise KeyboardInterrupt", "stopped\n"), ("1 / 0", "ZeroDivisionError")])
-def test_ctrl_c_ends_with_a_line_and_errors_as_ever(tmp_path, end, words):
-    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nbatch = 1\nfrom configurator import configure\n"
-                                        f"configure(globals())\n{end}\n")
-    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
-    assert done.returncode and words in done.stderr and ("Traceback" in done.stderr) == ("Error" in words)
+def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings, monkeypatch):
+    before = dict(settings)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--note=x', '--batch_size=3', '--batch_size=5'])
+    s = configure(settings)
+    assert s.as_dict() == dict(out_dir='out', data_file='', file='', note='x', batch_size=5,
+                               dropout=0.1, compile=False)
+    assert s.given == {'note', 'batch_size'} and settings == before
+    s.as_dict()['note'], changed = 'z', s.replace(note='y')
+    assert (s.note, changed.note, changed.batch_size, changed.given) == ('x', 'y', 5, s.given)
+    with pytest.raises(AttributeError, match='read-only'):
+        s.note = 'y'
+    with pytest.raises(TypeError, match='new'):
+        s.replace(new=1)
+
+
+@pytest.mark.parametrize('key, texts, value', [
+    ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('batch_size', ['-1'], -1),
+    ('batch_size', ['9007199254740993'], 2 ** 53 + 1), ('dropout', ['1'], 1.0),
+    ('dropout', ['1e-3'], 0.001), ('dropout', ['inf'], float('inf')),
+    ('compile', ['True', 'tRUE'], True), ('compile', ['FALSE'], False), ('note', [''], ''),
+    ('note', [' a=3 '], ' a=3 ')])
+def test_flag_values(settings, key, texts, value):
+    for text in texts:
+        found = getattr(configure(settings, [f'--{key}={text}']), key)
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--batch_size=4.5', "batch_size|'4.5'|an integer|default 12"), ('--batch_size=', "''|integer"),
+    ('--batch_size=True', "'True'|integer"), ('--batch_size=1e300', 'integer'), ('--', 'unknown'),
+    ('--batch_size=inf', 'integer'), ('--batch_size=nan', 'integer'), ('--=4', 'unknown'),
+    ('--dropout=nan', "'nan'|a number|0.1"), ('--dropout=x\ny', 'dropout|a number'),
+    ('--dropout=' + 'x ' * 500, '...'), ('--compile=1', "'1'|True or False"),
+    ('--batch-size=4', '--batch-size|did you mean --batch_size?'), ('--zzz=4', '--zzz|--help'),
+    ('--LIMIT=2', 'unknown'), ('--_private=2', 'unknown'), ('--items=2', 'unknown'),
+    ('--batch_size', 'write --batch_size=VALUE|an integer'), ('-b', "'-b'|--key=value"),
+    ('--compile', 'write --compile=VALUE|True or False'), ('', 'not a .py file'),
+    ('batch_size=4', 'write --batch_size=4'), ('-batch_size=4', 'write --batch_size=4')])
+def test_bad_arguments(settings, flag, words):
+    check_error(words, configure, settings, ['--note=x', flag])
+
+
+def test_config_files_in_order_then_flags_wherever_they_stand(settings):
+    write("batch_size = 1\nnote = 'one'\ndropout = 0", 'one.py')
+    write("batch_size = 2\nnote = 'two'", 'two.py')
+    s = configure(settings, ['--note=flag', 'one.py', 'two.py'])
+    assert (s.batch_size, s.note, s.dropout, type(s.dropout)) == (2, 'flag', 0.0, float)
+    assert configure(settings, ['two.py', 'one.py']).batch_size == 1
+    # they may compute, and are looked for here before beside the script
+    write("note = 'beside'", 'config/my.py', os.path.dirname(settings['__file__']))
+    assert configure(settings, ['config/my.py']).note == 'beside'
+    os.mkdir('config')
+    write('import os\nfrom math import floor\n_n = 3\nclass C: pass\ndef double(x): return _n * x\n'
+          'batch_size = double(2) * 1.0\nnote = os.path.basename(__file__)', 'config/my.py')
+    s = configure(settings, ['config/my.py'])
+    assert (s.batch_size, type(s.batch_size), s.note) == (6, int, 'my.py')
+
+
+@pytest.mark.parametrize('text, words', [
+    ('batchsize = 3', "my.py|'batchsize'|did you mean batch_size?"), ('zzz = 3', "'zzz'|--help"),
+    ('batch_size = True', 'my.py|batch_size=True|integer|default 12'), ('steps = [1]', "'steps'"),
+    ('batch_size = 2 ** 63', 'an integer'), ("dropout = '1'", 'number'), ('note = None', 'None'),
+    ("dropout = float('nan')", 'nan'), ('dropout = 10 ** 400', 'number'), ('dropout = True', '='),
+    ('compile = 1', 'compile=1|True or False'), ('import os as note', 'note=|text'),
+    ("note = 'x'\nbatch_size = = 3", 'my.py:2:|SyntaxError'), ("x = '\0'", 'my.py:|null bytes'),
+    ("note = 'x'\n\nbatch_size = 1 / 0", 'my.py:3:|ZeroDivisionError'),
+    ('def f():\n    raise ValueError("a\\nb")\n\nf()', 'my.py:2:|ValueError: a b'),
+    ("note = '1'\nimport json\njson.loads('{')", 'my.py:3:|JSONDecodeError'),
+    ("note = '1'\n\ncompile('= =', 'other.py', 'exec')", 'my.py:3:|SyntaxError'),
+    ('note = str(batch_size)', 'my.py:1: NameError'), ('exit(0)', 'my.py:1:|SystemExit')])
+def test_bad_config_files(settings, text, words):
+    write(text)
+    check_error(words, configure, settings, ['my.py'])
+
+
+def test_missing_config_file(settings):
+    write('', 'config/shakespeare.py', os.path.dirname(settings['__file__']))
+    os.mkdir('folder.py')
+    for name, words in (('config/shakespear.py', "shakespear.py' not found|config/shakespeare.py?"),
+                        ('shakespeare', 'not a .py file|did you mean config/shakespeare.py?'),
+                        ('folder.py', "'folder.py' not found|--key=value")):
+        check_error(words, configure, settings, [name])
+
+
+def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(settings):
+    here, home = os.getcwd(), os.path.expanduser('~')
+    s = configure(settings, ['--out_dir=x', '--data_file=../y', '--file=~/z', '--note=~'])
+    assert (s.out_dir, s.file, s.note) == (f'{here}/x', f'{home}/z', '~')
+    assert s.data_file == os.path.join(os.path.dirname(here), 'y')
+    write("out_dir = 'there'\nfile = '~/z'\nnote = '~'")
+    s = configure(settings, ['my.py', '--data_file='])
+    assert (s.out_dir, s.data_file, s.file, s.note) == ('there', '', f'{home}/z', '~')
+
+
+def test_positional_key(settings, capsys):
+    assert configure(settings, ['my.py'], positional='note').note == 'my.py'
+    assert configure(settings, ['text', '--note=flag'], positional='note').note == 'flag'
+    check_error("'b' is one argument too many", configure, settings, ['a', 'b'], positional='note')
+    with pytest.raises(SystemExit):
+        configure(settings, ['-h'], positional='note')  # of a script whose source is not there
+    assert capsys.readouterr().out.startswith(
+        'usage: python train.py NOTE [--key=value ...]\n\n  --out_dir=')
+
+
+def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
+    write("# curriculum\nsteps = 5  # at most\nnote = 'other'\nMARK = _x = 1\n", 'a_task.py')
+    monkeypatch.syspath_prepend('.')
+    task, known = importlib.import_module('a_task'), {}
+
+    def parts(values):
+        known.update(values)
+        if values['note'] == 'tsk':
+            raise SystemExit("error: unknown note 'tsk'")
+        return {'n': [], 'task': [task], 'wide': [task, Wide]}[values['note']]
+    write("steps = 7\nnote = 'task'\nbatch_size = 3")
+    s = configure(settings, ['my.py', '--batch_size=4'], parts=parts)
+    assert (s.steps, s.note, s.given) == (7, 'task', {'steps', 'note', 'batch_size'})
+    assert known['batch_size'] == 4 and not {'steps', 'LIMIT', 'items'} & {*known}
+    s = configure(settings, ['my.py', '--note=wide', '--carry=gated'], parts=parts)
+    assert (s.steps, s.width, s.carry, s.batch_size) == (7, 4, 'gated', 3)
+    assert [*s.as_dict()][-3:] == ['steps', 'width', 'carry']  # after the script's own
+    for argv, words in ((['--steps=7'], 'unknown key --steps'),
+                        (['--note=task', '--step=7'], 'did you mean --steps?'),
+                        (['--note=task', '--steps=x'], 'an integer (default 5)'),
+                        (['--note=tsk', '--steps=7'], "unknown note 'tsk'"),
+                        (['my.py', '--note=n'], "my.py: unknown key 'steps'")):
+        check_error(words, configure, settings, argv, parts=parts)
+    with pytest.raises(SystemExit):
+        configure(settings, ['--note=wide', '--help'], parts=parts)
+    assert capsys.readouterr().out.endswith(
+        '\nsettings of a_task\n\ncurriculum\n  --steps=5  at most\n\nsettings of Wide\n'
+        "  --width=4        of a layer, even\n  --carry='plain'  kind of carry\n")
+
+
+def test_merging_the_settings_of_a_resumed_run():
+    given = Settings(dict(rate=0.1, iters=9, width=4, seed=1, threads=2, out_dir='b', new=5),
+                     given={'iters', 'width', 'seed'})
+    saved = dict(rate=1, iters=3, width=8, seed=1, threads=7, out_dir='a', gone=0)
+    merged, notes = merge(saved, given, fixed=('width', 'seed', 'new'), here=('out_dir',))
+    assert merged.as_dict() == dict(rate=1, iters=9, width=8, seed=1, threads=7, out_dir='b', new=5)
+    assert (notes, merged.given) == (['resume: width stays 8'], given.given)
+    check_error("the saved run: rate='x': expected a number", merge, {**saved, 'rate': 'x'}, given)
+
+
+def test_help_settings_and_errors_of_a_script(tmp_path):
+    for argv in (['--help'], ['--name=x', '-h'], ['nonsense', '--help']):
+        done = run_script(tmp_path, SCRIPT, *argv)
+        assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
+    assert 'batch_size = 3\n' in run_script(tmp_path, SCRIPT, '--batch_size=3').stdout
+    done = run_script(tmp_path, SCRIPT, '--late=3')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == 'error: unknown key --late: --help lists the keys\n'
+
+
+def test_small_helpers():
+    assert show(Settings({'a': 1, 'long': 'x'})) == "a    = 1\nlong = 'x'"
+    check_error('a must be at least 2, not 1', at_least, Settings({'a': 1}), a=2)
+    assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1, multiple=12)]
+    for text in ('', '12,x', '0', '1.5', '12,20', '-12'):
+        check_error('at must be whole numbers', numbers, 'at', text, least=1, multiple=12)
+
+
+@pytest.mark.parametrize('end, words', [('raise KeyboardInterrupt', 'stopped\n'),
+                                        ('1 / 0', 'Error'), ("print('x', flush=True)", '')])
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(tmp_path, end, words):
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody reads what it prints
+    begin = 'from configurator import configure\nconfigure(globals())\n'
+    done = run_script(tmp_path, begin + end, stdout=writing)
+    os.close(writing)
+    assert done.returncode and ('Traceback' in done.stderr) == ('Error' in words)
+    assert words in done.stderr if words else done.stderr == ''

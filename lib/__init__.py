@@ -1,0 +1,1 @@
+"""What all scripts share: streaming, checkpoints, records of results, pictures, docs."""

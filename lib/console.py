@@ -1,0 +1,60 @@
+"""What scripts tell the person who runs them: lines of text, and the progress of long work."""
+import os
+import signal
+import sys
+import time
+
+REPEAT = 30.0  # seconds between lines of progress where no terminal shows them
+
+
+def say(text=''):
+    """Print a line at once. Nobody reads on (a closed pipe): this process is sent SIGTERM."""
+    write(sys.stdout, f'{text}\n')
+
+
+def write(stream, text):
+    """Write to a stream at once; what it cannot take is lost, without a traceback."""
+    if stream is None:  # closed when the process started
+        return
+    encoding = stream.encoding or 'utf-8'
+    try:
+        stream.write(text.encode(encoding, 'replace').decode(encoding))
+        stream.flush()
+    except OSError as error:  # a closed pipe, a full disk: from here on the stream leads nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def duration(seconds):
+    """'45s', '2m 05s', '3h 10m'."""
+    minutes, rest = divmod(round(seconds), 60)
+    text = f'{minutes}m {rest:02d}s' if minutes else f'{rest}s'
+    return f'{minutes // 60}h {minutes % 60:02d}m' if minutes >= 60 else text
+
+
+class Progress:
+    """Share done, rate and time left of long work, on standard error of the first process."""
+
+    def __init__(self, what, total, unit='tokens'):
+        self.what, self.total, self.unit, self.done, self.width = what, max(1, total), unit, 0, 0
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self.silent = os.environ.get('RANK', '0') != '0'
+        self.start = self.last = time.monotonic()
+
+    def at(self, done, note=''):
+        """Show that `done` of `total` are through, but no more often than one can read."""
+        self.done, now = done, time.monotonic()
+        if self.silent or not done or now - self.last < (0.2 if self.terminal else REPEAT):
+            return
+        self.last, rate = now, done / (now - self.start)
+        share, left = min(1, done / self.total), duration(max(0, self.total - done) / rate)
+        line = f'{self.what}: {share:.0%}, {rate:,.{int(rate < 10)}f} {self.unit}/s, {left} left'
+        line += f', {note}' if note else ''
+        write(sys.stderr, '\r' + line.ljust(self.width) if self.terminal else f'{line}\n')
+        self.width = len(line) if self.terminal else 0
+
+    def close(self):
+        """Take the line off a terminal."""
+        if self.width:
+            write(sys.stderr, '\r' + ' ' * self.width + '\r')

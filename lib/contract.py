@@ -1,0 +1,103 @@
+"""The model contract: what training, scoring and streaming ask of a model, whatever its class.
+
+    logits, loss, carry = model(idx, targets=None, carry=None)
+
+idx, targets: (B, T) int64. With targets: logits (B, T, V) and the mean loss in nats, targets of -1
+left out. Without: None for a loss, and the logits of the last position, (B, 1, V). carry: None if
+the model keeps nothing (it then reads at most config.block_size tokens at once), else a tensor or a
+flat tuple of tensors, rows first, valid after whole recurrence steps of `model.unit` tokens (1 if
+not said). `model.config` is a dataclass with block_size and vocab_size. For speed a model may have
+`new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them the open
+recurrence step is computed anew for every token.
+"""
+from dataclasses import asdict, fields
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib.rows import rowwise
+from models import MODELS
+
+
+def unit(model):
+    """Tokens of a recurrence step."""
+    return getattr(model, 'unit', 1)
+
+
+@torch.no_grad()
+def blank_carry(model, B=1):
+    """Zeros of the shape of the carry of B rows; None if the model has no carry."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    carry = model(torch.zeros(1, unit(model), dtype=torch.int64, device=device))[2]
+    model.train(was_training)
+    return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), carry)
+
+
+def carries(model):
+    """Whether a model has a carry, so that its context goes beyond what it reads at once."""
+    return blank_carry(model) is not None
+
+
+def make_model(model_type, sizes):
+    """A fresh model of MODELS, from a dictionary that holds at least the keys of its config.
+
+    Raises SystemExit, in one line, for an unknown type or for sizes that no model can have.
+    """
+    config_class, model_class = find_model(model_type)
+    given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
+    for field in fields(config_class):
+        least = 0 if field.name == 'n_local' else 1
+        if field.type is int and given.get(field.name, least) < least:
+            raise SystemExit(f'error: {field.name} must be at least {least}, '
+                             f'not {given[field.name]}')
+    if not 0 <= given.get('dropout', 0) < 1:
+        raise SystemExit(f"error: dropout must lie in [0, 1), not {given['dropout']}")
+    try:
+        return model_class(config_class(**given))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f'error: {error}') from None
+    except RuntimeError as error:  # the allocator's
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f'error: no memory for this model ({reason[:80]}): make n_embd or the '
+                         f'number of layers smaller') from None
+
+
+def find_model(model_type):
+    """The config's and the model's class. Raises SystemExit for an unknown type."""
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        known = ', '.join(map(repr, MODELS))
+        raise SystemExit(f'error: model_type must be one of {known}, not {model_type!r}')
+    return MODELS[model_type]
+
+
+def model_args(model):
+    """The sizes of a model as a plain dictionary."""
+    return asdict(model.config)
+
+
+def count_parameters(model):
+    """Parameters without the position embedding, as GPTs are usually counted."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith('wpe.weight'))
+
+
+def flops_per_token(model, T):
+    """FLOPs of training on a sequence of T tokens, per token: the matrix products of forward and
+    backward, as torch counts them; norms, softmax and embeddings are not counted."""
+    idx = torch.zeros(1, T, dtype=torch.int64, device=next(model.parameters()).device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()  # a fused kernel would count nothing on a CPU
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / T
+
+
+def adamw(model, weight_decay, learning_rate, betas, device):
+    """AdamW in two groups: matrices and embeddings decay, biases and layer norms do not."""
+    groups = [{'params': [p for p in model.parameters() if p.dim() >= 2],
+               'weight_decay': weight_decay},
+              {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    groups = [group for group in groups if group['params']]
+    fused = device.split(':')[0] in ('cpu', 'cuda')
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

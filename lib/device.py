@@ -1,0 +1,138 @@
+"""The machine: which device computes, what multiplies on a CPU, what is compiled, and threads."""
+import ctypes
+import os
+import platform
+import sys
+
+import torch
+
+from model import Block
+
+PRODUCTS = 'auto', 'onednn', 'torch'
+COMPILE = 'auto', 'off', 'kernels'
+
+
+def pick_device(device='auto'):
+    """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device
+    that is not."""
+    if device == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device = 'cpu' if device == 'cpu:0' else device
+    try:
+        known = device == 'cpu' or device.split(':')[0] in ('cuda', 'mps')
+        if not known or device == 'cuda' and not torch.cuda.is_available():
+            raise ValueError
+        if device != 'cuda':  # which of several processes is to have is not settled yet
+            torch.empty(1, device=device)
+        if device.startswith('cuda:'):
+            torch.cuda.set_device(device)
+    except Exception:  # torch raises RuntimeError, AssertionError or its own kinds, by device
+        raise SystemExit(f'error: device={device!r} is not available here; --device=auto finds '
+                         f'one that is') from None
+    return device
+
+
+def usable_cores():
+    """CPU cores that this process may use: an affinity mask counts."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_threads(threads):
+    """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
+    can use."""
+    if threads > max(64, usable_cores()):
+        raise SystemExit(f'error: threads={threads} is more than this machine can use, which has '
+                         f'{usable_cores()} cores: --threads=0 leaves it to torch')
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def keep_freed_memory():
+    """Have the C library keep what is freed for the next update, where it is glibc: on a CPU the
+    page faults of giving it back and taking it anew are 5 to 10 % of an update's time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt(trim_threshold, 2 ** 31 - 1)  # each the largest that it takes
+    mallopt(mmap_threshold, 2 ** 25)
+
+
+def choose_products(products):
+    """Who multiplies float32 matrices on this CPU from now on: 'onednn' or 'torch'.
+
+    oneDNN on AMD's processors with AVX-512, which torch's MKL leaves unused there, is 1.4 to 2
+    times as fast. torch gives it such products only where it may round what it multiplies to
+    bfloat16; a processor without matrix units for bfloat16 gains nothing by that and does not: that
+    is tried out here, with numbers that would not survive it.
+    """
+    mkldnn = torch.backends.mkldnn
+    serves = (products != 'torch' and mkldnn.is_available() and mkldnn.enabled
+              and torch.backends.cpu.get_cpu_capability() == 'AVX512'
+              and 'AuthenticAMD' in cpu_info())
+    if serves:
+        before = mkldnn.matmul.fp32_precision
+        mkldnn.matmul.fp32_precision = 'bf16'
+        tried = [torch.full(shape, 1 + 2 ** -10) for shape in ((64, 64), (1024, 1024), (8, 99, 99))]
+        exact = [x.double().square().sum(-1, keepdim=True).float() for x in tried]
+        serves = all(torch.allclose(x @ x, y, rtol=1e-5) for x, y in zip(tried, exact))
+        if not serves:
+            mkldnn.matmul.fp32_precision = before
+    if products == 'onednn' and not serves:
+        print("oneDNN's products do not serve on this machine; going on with torch's")
+    return 'onednn' if serves else 'torch'
+
+
+def cpu_info():
+    """What the system says of its processor, as text."""
+    try:
+        with open('/proc/cpuinfo') as f:
+            return f.read(4096)
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def compile_blocks(model, compile, device):
+    """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA.
+
+    Every kind of block is tried out, backward too, on a window of some tokens; if that fails, a
+    line says so and nothing is compiled. Returns whether blocks are compiled now.
+    """
+    if compile == 'auto':
+        compile = 'kernels' if device.startswith('cuda') else 'off'
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if compile == 'off' or not blocks:
+        return False
+    T = min(2 * getattr(model, 'unit', 1) + 1, model.config.block_size)
+    idx = torch.zeros(2, T, dtype=torch.int64, device=device)
+    for block in blocks:
+        block.compile(dynamic=False)
+    try:
+        with torch.random.fork_rng():
+            model(idx, idx)[1].backward()
+    except Exception as error:  # a compiler can fail in any way
+        reason = ' '.join(str(error).split())[:80]
+        print(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on '
+              f'without it', file=sys.stderr)
+        torch.compiler.set_stance('force_eager')
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+def peak_mb(device):
+    """The most memory there was: of the CUDA allocator, else of this process; in MB, or None where
+    the system does not tell."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_reserved() / 1e6
+    if os.path.exists('/proc/self/status'):
+        with open('/proc/self/status') as f:
+            return next((int(line.split()[1]) * 1024 / 1e6 for line in f
+                         if line.startswith('VmHWM')), None)
+    return None

@@ -1,0 +1,175 @@
+"""How far back a model uses its text: loss against history, the same tokens under every history."""
+import os
+import re
+
+import numpy as np
+import torch
+
+from configurator import numbers
+from lib.console import Progress, say
+from lib.contract import unit
+from lib.records import ROOT, metric
+from lib.scoring import last_losses, mean_and_error, token_losses
+from prepare import Tokenizer, load_meta
+
+USEFUL = 0.005  # nats per token that older text must be worth to count as preserved
+WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token is a character
+
+
+def probe_text(model, saved, p, device):
+    """Print the loss of a text, its context curve, swaps and remote co-occurrence; return the parts
+    of a record. saved: the checkpoint; p: settings of probe.py. Raises SystemExit, before any work,
+    if they do not suit the text."""
+    size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
+    tokens, found = read_text(saved, p)
+    lengths, swaps, starts, borders = chosen = plan(len(tokens), size, p)
+    progress = Progress('loss of the text', len(tokens))
+    losses = token_losses(model, tokens.to(device), progress.at)
+    progress.close()
+    mean, error = mean_and_error(losses)
+    if mean != mean:
+        raise SystemExit('error: the loss is not a number: the weights are damaged, train anew')
+    spread = '' if error is None else f' +- {error:.4f}'
+    say(f'loss {mean:.4f}{spread} nats per token, over all of {len(losses):,} tokens')
+    total = len(starts) * (sum(lengths) + len(swaps) * lengths[-1]) + 2 * p.words * sum(borders[1:])
+    progress = Progress('loss by history', total)
+
+    def score(rows, n):
+        nats = last_losses(model, rows.to(device), n)
+        progress.at(progress.done + rows.numel())
+        return nats
+    curves = measure(score, tokens, size, chosen, found, p)
+    progress.close()
+    for name, curve in curves.items():
+        say(f"\n{name}, {curve['y']} by {curve['x']}")
+        for point in curve['points']:
+            say('{x:>8}{value:>10.4f}  [{low:.4f}, {high:.4f}]'.format(**point))
+    worth = curves['worth of longer history']['points']
+    used = [point for point in worth if point['value'] >= USEFUL]
+    kept = used[-1] if used else {'x': None, 'value': None}
+    text = '{x}; longer history is worth {value:.4f} [{low:.4f}, {high:.4f}]' if used else 'none'
+    say('\npreserved context: ' + text.format(**kept))
+    return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
+            'metrics': {'loss': metric(mean, error, len(losses)),
+                        'preserved context': metric(kept['x'], n=len(starts) * size),
+                        'worth of longer history': metric(**kept)}}
+
+
+def read_text(saved, p):
+    """The text to score, (N,) int64, and its recurrences. Raises SystemExit if it is not there."""
+    if not saved.get('data') or not saved.get('tokenizer'):
+        raise SystemExit('error: the checkpoint does not name its data set: probe runs of train.py')
+    tokenizer, dataset = Tokenizer(saved['tokenizer']), saved['data']['dataset']
+    if p.file:
+        try:
+            with open(p.file, encoding='utf-8-sig', newline='') as f:  # as prepare.py reads texts
+                ids = tokenizer.encode_array(f.read())
+        except (OSError, ValueError) as error:
+            raise SystemExit(f'error: cannot read the text, as UTF-8: {error}') from None
+    else:
+        folder = os.path.join(ROOT, p.data_dir, dataset)
+        meta = load_meta(folder)
+        if [meta['sha256'], meta['tokenizer']] != [saved['data']['sha256'], saved['tokenizer']]:
+            raise SystemExit(f'error: {folder} is not what the model was trained on (another text '
+                             'or tokenizer): prepare that again')
+        ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    auto = 'identifier' if dataset == 'python' else 'word'
+    return tokens, recurrences(tokens, tokenizer, auto if p.units == 'auto' else p.units)
+
+
+def plan(N, size, p):
+    """Histories in whole segments, those also swapped, the starts of the target segments, evenly
+    spread over a text of N tokens, and the bins. Raises SystemExit if the text is too short."""
+    lengths = sorted({-(-c // size) * size for c in numbers('histories', p.histories)})
+    swaps = [c for c in numbers('swaps', p.swaps) if c in lengths[:-1]] if p.swaps else []
+    longest = lengths[-1]
+    if N < (10 * longest if swaps else longest + 2 * size + 1):  # swaps: room for text elsewhere
+        raise SystemExit(f'error: the text has {N} tokens, too few for a history of {longest}: '
+                         'shorten histories; --swaps= needs less')
+    starts = torch.arange(longest, N - size, size)
+    some = torch.linspace(0, len(starts) - 1, min(p.targets, len(starts))).long()
+    return lengths, swaps, starts[some], numbers('bins', p.bins)
+
+
+def measure(score, tokens, size, chosen, found, p):
+    """Curves of a record. score: a model's last_losses, chosen: plan's, found: recurrences'."""
+    (lengths, swaps, starts, borders), N, longest = chosen, len(tokens), chosen[0][-1]
+    generator = torch.Generator().manual_seed(p.seed)
+    far = (starts + N // 2) % (N - longest)  # from there comes what older text is swapped for
+    other = tokens[far[:, None] + torch.arange(longest)]
+    losses = context_curve(score, tokens, starts, lengths, size, other[:, :0])
+    swapped = context_curve(score, tokens, starts, swaps, size, other)
+    full, words = losses[longest], co_occurrence(score, tokens, found, borders, size, p.words)
+    history = 'tokens of history before the segment', 'nats per token'
+    back = 'tokens back to the last occurrence', 'nats per word, with it minus without'
+    return {name: {'x': x, 'y': y, 'points': [
+        {'x': key, **bootstrap(nats, p.stretches, p.resamples, generator)}
+        for key, nats in values.items() if len(nats) > 1]} for name, (x, y), values in (
+            ('context curve', history, losses),
+            ('worth of longer history', history, {c: losses[c] - full for c in lengths[:-1]}),
+            ('swapped', history, {c: swapped[c] - full for c in swaps}),
+            ('remote co-occurrence', back, words))}
+
+
+def context_curve(score, tokens, starts, lengths, size, other):
+    """{c: (M, size) nats}: the loss of the tokens after each start under every history c. Older
+    text is left out, or there is `other` (M, longest) in its place."""
+    return {c: score(torch.cat((other[:, :max(0, other.size(1) - c)],
+                                tokens[starts[:, None] + torch.arange(-c, size + 1)]), dim=1), size)
+            for c in lengths}
+
+
+def bootstrap(values, stretches, resamples, generator):
+    """Mean of values (M,) or (M, n) in the order of the text, and its 95 % interval, from
+    contiguous stretches drawn with replacement."""
+    rows = values.double().view(len(values), -1).mean(dim=1)
+    means = torch.stack([part.mean() for part in rows.tensor_split(min(stretches, len(rows)))])
+    picks = torch.randint(len(means), (resamples, len(means)), generator=generator)
+    low, high = np.quantile(means[picks].mean(dim=1), [0.025, 0.975]).tolist()
+    return {'value': rows.mean().item(), 'low': low, 'high': high, 'n': values.numel()}
+
+
+def recurrences(tokens, tokenizer, kind):
+    """(place, length, distance) of each word that was there before, `distance` tokens back. A word
+    is a token that holds a letter or, where tokens are characters, a run of them."""
+    if tokenizer.spec['kind'] == 'char':
+        text = tokenizer.decode(tokens.tolist())
+        words = [(match.start(), match.group()) for match in re.finditer(WORDS[kind], text)]
+    else:
+        lettered = {i for i in set(tokens.tolist()) if any(map(str.isalpha, tokenizer.decode([i])))}
+        words = [(place, (i,)) for place, i in enumerate(tokens.tolist()) if i in lettered]
+    last, found = {}, []
+    for place, word in words:
+        if word in last:
+            found.append((place, len(word), place - last[word]))
+        last[word] = place
+    return found
+
+
+def co_occurrence(score, tokens, found, borders, size, count):
+    """{low: nats (K,)} of words whose last occurrence is low <= d < high tokens back, at most
+    `count`: the loss with a history from just before that occurrence on, minus the loss with one
+    that begins after it, both in whole segments."""
+    place, n, d = torch.tensor(found, dtype=torch.int64).view(-1, 3).T
+    there, absent = ((place - d - 1) // size).clamp(min=0), (place - d + n - 1) // size + 1
+    fits = (n <= size) & (absent * size < place) & (place + 2 * size < len(tokens))
+    bins = {}
+    for low, high in zip(borders, borders[1:]):
+        k = (fits & (low <= d) & (d < high)).nonzero()[:, 0]
+        k = k[::max(1, -(-len(k) // count))]
+        known, unknown = (word_losses(score, tokens, place[k], n[k], first[k] * size, size)
+                          for first in (there, absent))
+        bins[low] = known - unknown
+    return bins
+
+
+def word_losses(score, tokens, place, n, start, size):
+    """The loss of words of n (K,) tokens at place (K,), given the text from start (K,) on: (K,)."""
+    segment, losses = (place - 1) // size * size, torch.zeros(len(place), dtype=torch.float64)
+    for length in (segment - start).unique().tolist():  # words with equally much history
+        k = (segment - start == length).nonzero()[:, 0]
+        rows = tokens[start[k, None] + torch.arange(length + 2 * size + 1)]
+        at = segment[k, None] + torch.arange(1, 2 * size + 1) - place[k, None]
+        losses[k] = (score(rows, 2 * size) * ((at >= 0) & (at < n[k, None]))).sum(dim=1)
+    return losses

@@ -1,0 +1,115 @@
+"""Records of results: one JSON shape for all that is measured, with what it takes to repeat it."""
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import torch
+
+import model
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHAPE = {'what': str, 'command': str, 'commit': str, 'date': str, 'hardware': str, 'seeds': list,
+         'versions': dict, 'settings': dict, 'metrics': dict, 'curves': dict, 'notes': list}
+
+
+def portable(value):
+    """A setting or a word of the command, its path as seen from the repository's folder."""
+    key, equals, path = str(value).rpartition('=')
+    if not isinstance(value, str) or not os.path.isabs(path):
+        return value
+    inside = path.startswith(ROOT + os.sep)
+    return key + equals + (os.path.relpath(path, ROOT) if inside else os.path.basename(path))
+
+
+def hardware(device):
+    """The name of the GPU, or of the processor with its number of cores."""
+    if str(device).startswith('cuda'):
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            name = next((line.split(': ')[1] for line in f if line.startswith('model name')), name)
+    return f'{name.strip()}, {os.cpu_count()} cores'
+
+
+def git(words):
+    """What git says of this repository; '' where there is no git."""
+    ask = dict(shell=True, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(f'git {words}', **ask).stdout.strip()
+
+
+def provenance(device='cpu'):
+    """Where a result comes from; attention: how model.py chooses its kernel."""
+    commit = git('rev-parse --short=12 HEAD') or 'unknown'
+    changed = git('status --porcelain -uno -- . ":!results" ":!*.md"')
+    gpu = str(device).startswith('cuda')
+    attention = 'fused' if gpu else f'fused from {model.FUSED_FROM} keys, else two products'
+    return {'command': ' '.join([os.path.basename(sys.argv[0]), *map(portable, sys.argv[1:])]),
+            'commit': commit + (' (changed)' if changed else ''),
+            'date': datetime.date.today().isoformat(), 'hardware': hardware(device),
+            'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)},
+            'threads': torch.get_num_threads(), 'attention': attention}
+
+
+def metric(value, error=None, n=None, **more):
+    """A measured figure, its standard error, how many were measured; more: low, high, sd."""
+    return {'value': value, 'error': error, 'n': n, **more}
+
+
+def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=None, device='cpu'):
+    """A record. metrics: {name: metric(...)}; parts: the records that a comparison is made of;
+    curves: {name: {'x': axis title, 'y': axis title, 'points': [{'x', 'value', ...}]}}."""
+    settings = {key: portable(value) for key, value in settings.items()}
+    record = {'what': what, **provenance(device), 'seeds': list(seeds), 'settings': settings,
+              'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
+    return record if parts is None else {**record, 'parts': list(parts)}
+
+
+def check(record):
+    """Raise ValueError, with one line, if this has not the shape of a record."""
+    record = record if isinstance(record, dict) else {}
+    wrong = [key for key, kind in SHAPE.items() if not isinstance(record.get(key), kind)]
+    if not wrong:
+        wrong += [k for k, m in record['metrics'].items() if not {'value', 'error', 'n'} <= set(m)]
+        wrong += [k for k, c in record['curves'].items() if set(c) != {'x', 'y', 'points'}
+                  or not all({'x', 'value'} <= set(point) for point in c['points'])]
+    if wrong:
+        raise ValueError(f'{wrong[0]!r} is missing or not as lib/records.py has it')
+    for part in record.get('parts', []):
+        check(part)
+
+
+def save_record(path, record):
+    """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
+    record = json.loads(json.dumps(record), parse_constant=lambda name: None)
+    text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
+    text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        check(record)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(temporary, 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'error: cannot write {path}: {error}') from None
+
+
+def load_record(path):
+    """What save_record wrote. Raises SystemExit if it is missing, not JSON, or no record."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            record = json.load(f)
+        check(record)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'error: {path} is no record: {error}') from None
+    return record
+
+
+def place(name, record):
+    """The path of a result: results/NAME, which the docs are made from, or else out/NAME."""
+    return os.path.join(ROOT, 'results' if record else 'out', name)

@@ -1,0 +1,170 @@
+"""Streaming: any number of tokens is read into a state of constant size, and written from it."""
+import math
+import sys
+
+import torch
+
+from lib.contract import blank_carry, unit
+from lib.rows import Rows
+
+TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
+
+
+def new_state(model, B=1):
+    """The state of B rows of which nothing has been read: Rows of
+
+    read (B,) int64 on the CPU, tokens read; logits (B, V) of the next one; carry, as the contract
+    has it; tokens (B, N), those of the open recurrence step or of the window, where they are
+    computed anew; cache, where the model has one that agrees with its forward pass.
+    """
+    state = empty_state(model, B, hasattr(model, 'extend'))
+    if state.cache is not None and not caches_agree(model):
+        print('the model streams otherwise through its caches than in forward: what is open is '
+              'computed anew for every token (slow)', file=sys.stderr)
+        state = empty_state(model, B, cached=False)
+    return state
+
+
+def empty_state(model, B, cached):
+    carry, device = blank_carry(model, B), next(model.parameters()).device
+    N = model.config.block_size if carry is None else unit(model)
+    tokens = None
+    if carry is None or not cached:
+        tokens = torch.zeros(B, N, dtype=torch.int64, device=device)
+    logits = next(model.parameters()).new_zeros(B, model.config.vocab_size)
+    return Rows(read=torch.zeros(B, dtype=torch.int64), logits=logits, carry=carry, tokens=tokens,
+                cache=model.new_cache(B) if cached else None)
+
+
+@torch.no_grad()
+def caches_agree(model):
+    """Whether `extend` gives the logits of `forward`, tried on a few tokens: what a reader changes
+    in one of them alone is not to go unnoticed."""
+    u = unit(model)
+    longest = 2 * u + 2 if blank_carry(model) is not None else min(8, model.config.block_size)
+    device = next(model.parameters()).device
+    idx = (torch.arange(longest, device=device) % model.config.vocab_size)[None]
+    state, was_training = empty_state(model, 1, cached=True), model.training
+    model.eval()
+    ends = sorted({1, u // 2, u, u + 1, longest - 1, longest} - {0})
+    agree, at = True, 0
+    for end in ends:
+        if end <= longest:
+            logits = read_(model, idx[:, at:end], state)
+            expected = model(idx[:, :end])[0][:, -1]
+            scale = expected.abs().max()
+            agree = agree and bool((logits - expected).abs().max() <= 1e-3 * (1 + scale))
+            at = end
+    model.train(was_training)
+    return agree
+
+
+def read(model, idx, state=None):
+    """Read idx (B, T), any T: logits (B, V) of the token that follows, zeros if nothing has been
+    read, and the new state; the state handed in stays as it is."""
+    state = new_state(model, len(idx)) if state is None else state.clone()
+    return read_(model, idx, state).clone(), state
+
+
+@torch.inference_mode()
+def read_(model, idx, state):
+    """As read, in place, for speed; the logits are the state's own.
+
+    Raises ValueError for other rows than the state's or a model that drops activations, and
+    FloatingPointError, naming the token, if the model's logits are not finite.
+    """
+    if len(idx) != len(state) or model.training and getattr(model.config, 'dropout', 0):
+        raise ValueError('reading takes a row of tokens for every row of the state, and '
+                         'model.eval()')
+    counts = set(state.read.tolist())
+    if len(counts) == 1:
+        read_rows(model, idx, state, *counts)
+    else:
+        for count in counts:  # rows that have read equally much go together
+            rows = (state.read == count).nonzero()[:, 0]
+            some = state.pick(rows)
+            read_rows(model, idx[rows.to(idx.device)], some, count)
+            state.put(rows, some)
+    return state.logits
+
+
+def read_rows(model, idx, state, count):
+    """read_ of rows that have all read `count` tokens: piece by piece, each of one call."""
+    advance = read_window if state.carry is None else read_carry
+    while idx.size(1):
+        logits, n, changes = advance(model, idx, state, count)
+        if not math.isfinite(logits.sum().item()):
+            if n == 1:
+                raise FloatingPointError(f'the state is not finite at token {count}')
+            idx = idx[:, :n]  # token by token, to find the one
+            for token in idx.split(1, dim=1):
+                read_rows(model, token, state, count)
+                count += 1
+            raise FloatingPointError(f'the state is not finite at token {count}')
+        for name, value in changes.items():
+            setattr(state, name, value)
+        state.logits, state.read = logits, state.read + n
+        count, idx = count + n, idx[:, n:]
+
+
+def read_carry(model, idx, state, count):
+    """One call of a model with a carry: whole recurrence steps at once, or some tokens of an open
+    one, through its cache or computed anew. Returns logits (B, V), tokens read, what changes."""
+    u = unit(model)
+    place, whole = count % u, min(max(1, TOKENS_PER_CALL // u), idx.size(1) // u)
+    carry = state.carry if count >= u else None
+    if place == 0 and whole:
+        logits, _, carry = model(idx[:, :whole * u], carry=carry)
+        return logits[:, -1], whole * u, {'carry': carry}
+    n = min(idx.size(1), u - place)
+    if state.cache is not None:
+        logits, carry = model.extend(idx[:, :n], place, state.carry, state.cache, count < u)
+        return logits, n, {'carry': carry}
+    state.tokens[:, place:place + n] = idx[:, :n]
+    logits, _, carry = model(state.tokens[:, :place + n], carry=carry)
+    return logits[:, -1], n, {'carry': carry} if place + n == u else {}
+
+
+def read_window(model, idx, state, count):
+    """One call of a model without a carry: through its cache while its window has room for all
+    that was read, else on the last window."""
+    W = state.tokens.size(1)
+    place, T = min(count, W), idx.size(1)
+    window = torch.cat((state.tokens[:, :place], idx), dim=1)[:, -W:]
+    tokens = torch.cat((window, state.tokens[:, window.size(1):]), dim=1)
+    if state.cache is not None and place + T <= W:
+        logits, _ = model.extend(idx, place, None, state.cache, count == 0)
+    else:
+        logits = model(window)[0][:, -1]
+    return logits, T, {'tokens': tokens}
+
+
+def stream(model, idx, state, max_new_tokens, temperature=1.0, top_k=0, top_p=0.0, generator=None):
+    """Read idx (B, T) into the state, in place, then yield one new token a row (B, 1) at a time,
+    read as well."""
+    logits = read_(model, idx, state)
+    for _ in range(max_new_tokens):
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        logits = read_(model, token, state)
+        yield token
+
+
+def generate(model, idx, max_new_tokens, **kwargs):
+    """Continue idx (B, T), any T: (B, T + max_new_tokens). kwargs: those of sample_token."""
+    tokens = stream(model, idx, new_state(model, len(idx)), max_new_tokens, **kwargs)
+    return torch.cat((idx, *tokens), dim=1)
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=0.0, generator=None):
+    """One token a row, logits (B, V) -> (B, 1): at temperature 0 the likeliest, else a random one
+    of the top_k likeliest, or of those the fewest that hold the share top_p of the probability."""
+    if temperature < torch.finfo(logits.dtype).tiny:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        probs[:, top_k:] = 0
+    if top_p:
+        beyond = probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)
+        probs[:, 1:] = probs[:, 1:].masked_fill(beyond[:, 1:], 0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))

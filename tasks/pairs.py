@@ -1,0 +1,255 @@
+"""The task 'pairs': digits with names are shown, one a segment, and asked for by name.
+
+A sequence has a segment for each pair,  filler MARK 3 NAME filler,  and is asked aside,
+ASK NAME 3 ASK NAME 7 ...: a question leaves nothing in the memory. At a NAME that is asked for, its
+digit is to be predicted. Where a pair is shown, the digit stands before the name: the place with
+the name is the one that a question can find, and has read the digit.
+"""
+from types import SimpleNamespace
+
+import torch
+
+from configurator import at_least
+from lib.console import Progress, say
+from lib.contract import carries
+from lib.gradients import to_device
+from lib.memory import MemoryTask, RandomSequences, missed
+from lib.processes import RANK, WORLD, mean
+from lib.records import metric
+from lib.rows import Rows, rowwise
+
+names = 32          # different names
+symbols = 16        # different filler symbols
+places = 'turn'     # of pairs: 'turn' (each a token before the last one's, in turn) or 'any'
+matched = True      # start from weights that compare names; False is GPT-2's usual start
+place_scale = 8.0   # of a matched start: the position embedding, times so much (docs/memory.md)
+pairs = 12          # most pairs of a sequence
+together = 3        # pairs of the first lesson, all in one segment: to tell names apart
+passed_at = 0.95    # its recall at which pairs one a segment, and sequences that walk on, take over
+fresh = 16          # new sequences of a later update; as many of those that walk on leave
+segments = 4        # that an update reads
+questions = 2       # segments of questions that an update asks of every sequence
+often = 0.75        # share of segments with a pair, until a sequence has shown all of its own
+
+DIGITS = 10  # tokens: the filler's from 0 on, then the digits, MARK, ASK and the names
+
+
+class Sequences(RandomSequences):
+    """Sequences of pairs. Rows of them, as far as they are read: names and digits (B, names)
+    in the order in which they come, most (B,) pairs shown in all, shown (B,) so far, start (B,) the
+    place of the first, carry the memory."""
+
+    def __init__(self, s, seed):
+        super().__init__(seed)
+        self.s, self.l = s, s.segment_size
+        self.mark, self.ask = s.symbols + DIGITS, s.symbols + DIGITS + 1
+        self.vocab_size = self.ask + 1 + s.names
+
+    def rows(self, most):
+        """New rows, of which nothing has been shown: most (B,)."""
+        B, first_digit = len(most), self.s.symbols
+        return Rows(names=self.ask + 1 + self.uniform(B, self.s.names).argsort(dim=1),
+                    digits=self.integers(first_digit, first_digit + DIGITS, B, self.s.names),
+                    most=most, shown=torch.zeros_like(most),
+                    start=self.integers(0, self.l - 2, B), carry=None)
+
+    def show(self, rows, x, some, at):
+        """The next pair of some rows into x (B, T), in place, from `at` on."""
+        which = rows.shown[some]
+        x[some, at] = self.mark
+        x[some, at + 1] = rows.digits[some, which]
+        x[some, at + 2] = rows.names[some, which]
+        rows.shown[some] += 1
+
+    def at_once(self, rows, n):
+        """One segment with n pairs in it, side by side, (B, l)."""
+        B = len(rows)
+        x = self.integers(0, self.s.symbols, B, self.l)
+        for pair in range(n):
+            self.show(rows, x, torch.arange(B), torch.full((B,), 3 * pair))
+        return x
+
+    def further(self, rows, n, often):
+        """The next n segments, (B, n * l): the first of all shows a pair, later ones as often as
+        told, while there are any."""
+        B, l = len(rows), self.l
+        x = self.integers(0, self.s.symbols, B, n * l)
+        for segment in range(n):
+            shows = (self.uniform(B) < often) | (rows.shown == 0)
+            some = (shows & (rows.shown < rows.most)).nonzero()[:, 0]
+            at = (rows.start[some] - rows.shown[some]) % (l - 2)
+            if self.s.places == 'any':
+                at = self.integers(0, l - 2, len(some))
+            self.show(rows, x, some, segment * l + at)
+        return x
+
+    def ask_for(self, rows, which):
+        """Questions for the pairs which (B, Q), counted in the order in which they came, as many in
+        a segment as fit. Returns tokens and targets, (B * ceil(Q / (l // 3)), l) each: -1 where
+        nothing is asked for."""
+        (B, Q), fit = which.shape, self.l // 3
+        x = self.integers(0, self.s.symbols, B, -(-Q // fit), self.l)
+        y, everyone = torch.full_like(x, -1), torch.arange(B)
+        for q, pair in enumerate(which.T):
+            segment, at = q // fit, q % fit * 3
+            digit = rows.digits[everyone, pair]
+            x[:, segment, at] = self.ask
+            x[:, segment, at + 1] = rows.names[everyone, pair]
+            x[:, segment, at + 2] = y[:, segment, at + 1] = digit
+        return x.view(-1, self.l), y.view(-1, self.l)
+
+
+def read(model, rows, x, device):
+    """Read x (B, T) into the memory of rows, in place."""
+    rows.carry = model(to_device(x, device), carry=rows.carry)[2]
+
+
+def ask(model, sequences, rows, which, device):
+    """Ask for the pairs which (B, Q), aside: the loss, and which answers are right (B, Q)."""
+    x, y = (to_device(tokens, device) for tokens in sequences.ask_for(rows, which))
+    each = len(x) // len(which)
+    carry = rowwise(lambda c: c.repeat_interleave(each, dim=0), rows.carry)
+    logits, loss, _ = model(x, y, carry)
+    right = (logits.detach().argmax(dim=-1) == y)[y >= 0]
+    return loss, right.view(which.shape).cpu()
+
+
+def check(s):
+    """Refuse settings that would fail later."""
+    at_least(s, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, segments=1,
+             questions=1)
+    if s.places not in ('turn', 'any'):
+        raise SystemExit(f"error: places must be 'turn' or 'any', not {s.places!r}")
+    if max(s.pairs, s.together) > s.names:
+        raise SystemExit(f'error: pairs={s.pairs} and together={s.together} need as many names, '
+                         f'not {s.names}')
+    if s.together > s.segment_size // 3:
+        raise SystemExit(f'error: together={s.together} pairs of three tokens do not fit into a '
+                         f'segment of {s.segment_size}')
+    if s.fresh > s.batch_size or s.fresh % WORLD:
+        raise SystemExit(f'error: fresh={s.fresh} must be at most batch_size={s.batch_size}, and '
+                         f'both be shared equally by {WORLD} processes')
+
+
+class Task(MemoryTask):
+    """Trains in two lessons: all pairs in one segment, then pairs one a segment, walking on."""
+
+    KEPT = 'lesson', 'recall'
+
+    def __init__(self, s):
+        check(s)
+        super().__init__(s, Sequences(s, s.seed + 1_000_003 * RANK))
+        self.fresh, self.lesson, self.recall = s.fresh // WORLD, 1, 0.0
+
+    def start(self, model, device, autocast):
+        super().start(model, device, autocast)
+        if not carries(model):
+            raise SystemExit("error: the task 'pairs' takes a model with a carry, such as "
+                             '--model_type=fold')
+        if self.s.matched and self.s.init_from == 'scratch':
+            match_names(model, self.s.place_scale)
+        if self.s.init_from not in ('scratch', 'resume'):
+            self.lesson = 2
+
+    def backward(self):
+        rows, x = self.next_rows()
+        Q = self.s.questions * (self.s.segment_size // 3)
+        with self.autocast:
+            read(self.model, rows, x, self.device)
+            if self.lesson == 2 and self.walkers is not None:
+                further = self.sequences.further(self.walkers, self.s.segments, self.s.often)
+                read(self.model, self.walkers, further, self.device)
+                rows = rows.join(self.walkers)
+            which = self.sequences.uniform(len(rows), Q) * rows.shown[:, None]  # any that was shown
+            loss, right = ask(self.model, self.sequences, rows, which.long(), self.device)
+        loss.backward()
+        rows.carry = rowwise(torch.detach, rows.carry)
+        if self.lesson == 2:
+            old = self.sequences.uniform(len(rows) - self.fresh).argsort()[:self.B - self.fresh]
+            self.walkers = rows.pick(torch.cat((torch.arange(self.fresh), self.fresh + old)))
+        self.recall += 0.05 * (mean(right.float().mean()).item() - self.recall)
+        if self.lesson == 1 and self.recall >= self.s.passed_at:
+            self.lesson, self.recall = 2, 0.0
+        return mean(loss.detach()), WORLD * len(rows) * x.size(1)
+
+    def next_rows(self):
+        """New sequences, and the tokens that they start with."""
+        s, sequences = self.s, self.sequences
+        if self.lesson == 1:
+            rows = sequences.rows(torch.full((self.B,), s.together))
+            return rows, sequences.at_once(rows, s.together)
+        fewer = sequences.integers(1, s.pairs + 1, self.fresh)
+        rows = sequences.rows(torch.where(sequences.uniform(self.fresh) < 0.5, s.pairs, fewer))
+        return rows, sequences.further(rows, s.segments, s.often)
+
+    def figures(self):
+        load = self.s.together
+        if self.walkers is not None:
+            load = round(self.walkers.shown.float().mean().item(), 2)
+        return {'lesson': self.lesson, 'recall': round(self.recall, 4), 'pairs_shown': load}
+
+    def evaluate(self):
+        """The share of pairs missed, of s.pairs in each of 100 fresh sequences."""
+        recall, n = recall_of(self.model, self.s, self.s.pairs, 100, 0, self.device), 100
+        return missed(sum(recall) / len(recall), n * len(recall))
+
+    def describe(self, figures):
+        return f"{1 - figures['val_loss']:.3f} of {self.s.pairs} pairs recalled"
+
+
+def match_names(model, place_scale):
+    """Start attention where it compares and copies, in place: keys equal to queries, and larger,
+    values and outputs near the identity, tokens larger than places (mimetic initialization,
+    Trockman and Kolter 2023). From GPT-2's usual start, finding a pair by its name does not set in.
+    Raises SystemExit if the model has not a GPT's parts."""
+    if not hasattr(model, 'transformer'):
+        raise SystemExit("error: matched=True is for models with a GPT's parts: --matched=False")
+    C = model.config.n_embd
+    with torch.no_grad():
+        model.transformer.wte.weight *= 8
+        model.transformer.wpe.weight *= place_scale
+        for block in model.transformer.h:
+            q, k, v = block.attn.c_attn.weight.split(C)
+            q *= 4
+            k.copy_(q)
+            for weight in (v, block.attn.c_proj.weight):
+                weight.copy_(0.5 * weight + 0.7 * torch.eye(C, device=weight.device))
+
+
+@torch.no_grad()
+def recall_of(model, s, n, count, wait, device):
+    """Recall of n pairs in fresh sequences, `wait` segments after the last: the share of right
+    answers in the order in which the pairs were shown, a list of n."""
+    was_training, right = model.training, torch.zeros(n)
+    model.eval()
+    sequences = Sequences(s, s.seed + 1_000_003 + n)
+    for some in torch.arange(count).split(50):
+        rows = sequences.rows(torch.full_like(some, n))
+        read(model, rows, sequences.further(rows, n, 1.0), device)
+        for _ in range(wait):
+            read(model, rows, sequences.further(rows, 1, 1.0), device)
+        which = sequences.uniform(len(some), n).argsort(dim=1)
+        answers = ask(model, sequences, rows, which, device)[1]
+        right.index_add_(0, which.flatten(), answers.flatten().float())
+    model.train(was_training)
+    return (right / count).tolist()
+
+
+def probe(model, saved, p, device):
+    """Capacity, recall against the number of pairs: the settings most, sequences and wait of p."""
+    s = SimpleNamespace(**saved['config'])
+    at_least(p, most=1, sequences=1, wait=0)
+    if p.most > s.names:
+        raise SystemExit(f'error: most={p.most} pairs need as many names, the run has {s.names}')
+    progress, points, notes = Progress('recall', p.most, 'numbers of pairs'), [], []
+    for n in range(1, p.most + 1):
+        in_order = recall_of(model, s, n, p.sequences, p.wait, device)
+        points.append({'x': n, 'value': sum(in_order) / n, 'n': n * p.sequences})
+        notes.append(f'{n} pairs, in the order shown: ' + ' '.join(f'{r:.3f}' for r in in_order))
+        say(f"{n:>3} pairs: recall {points[-1]['value']:.3f}, {n * p.sequences} answers")
+        progress.at(n)
+    progress.close()
+    held = next((point['x'] - 1 for point in points if point['value'] < 0.9), len(points))
+    curve = {'x': 'pairs shown', 'y': 'pairs recalled', 'points': points}
+    metrics = {'most pairs at 0.9': metric(held), 'chance': metric(1 / DIGITS)}
+    return {'what': 'capacity', 'metrics': metrics, 'curves': {'recall': curve}, 'notes': notes}

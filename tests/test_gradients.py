@@ -1,0 +1,152 @@
+"""Truncated and recomputed back-propagation: the gradients of plain training, in less memory."""
+import json
+
+import pytest
+import torch
+from small import SEGMENT, assert_equal, gradients, make, tokens
+
+from lib.contract import blank_carry, unit
+from lib.gradients import backpropagate
+from lib.rows import rowwise
+
+l = SEGMENT
+EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tuple
+    ('fold', {}), ('fold', {'carry': 'gated'}), ('recurrent', {})])
+RECOMPUTE = pytest.mark.parametrize('recompute', [False, True])
+
+
+def literal(model, x, y, carry, cut):
+    """The loss of x, y over pieces of a unit in one graph, with the carry detached after every
+    `cut` of them; and the last carry."""
+    total, u = 0.0, unit(model)
+    for i, (x_s, y_s) in enumerate(zip(x.split(u, dim=1), y.split(u, dim=1))):
+        carry = rowwise(torch.detach, carry) if i % cut == 0 else carry
+        _, loss, carry = model(x_s, y_s, carry)
+        total = total + loss * x_s.size(1) / x.size(1)
+    return total, rowwise(torch.detach, carry)
+
+
+@EVERY
+@RECOMPUTE
+@pytest.mark.parametrize('carried', [False, True])
+@pytest.mark.parametrize('T', [l, 5 * l, 5 * l + 1])
+@pytest.mark.parametrize('cut', [1, 2, 3, 99])
+def test_gradients_are_those_of_one_graph_with_the_carry_cut(
+        kind, sizes, recompute, carried, T, cut):
+    """Of whole training where there is no cut, with the last chunk short and a segment short, from
+    nothing and from a carry; tokens of any kind of integer."""
+    model, x, y = make(kind, **sizes), tokens(2, T), tokens(2, T)
+    first = rowwise(torch.randn_like, blank_carry(model, 2)) if carried else None
+    loss, last = literal(model, x, y, first, cut)
+    loss.backward()
+    expected = gradients(model)
+    chunk = 0 if cut == 99 else cut * unit(model)
+    found, after = backpropagate(model, x.to(torch.uint16), y.to(torch.uint16), first, chunk=chunk,
+                                 recompute=recompute)
+    assert_equal((found, after), (loss.detach(), last))
+    assert_equal(gradients(model), expected)
+
+
+@EVERY
+def test_a_cut_changes_the_gradient(kind, sizes):
+    model, x, y, found = make(kind, **sizes), tokens(2, 8 * l), tokens(2, 8 * l), []
+    for cut in (1, 2, 4, 0):
+        backpropagate(model, x, y, chunk=cut * unit(model))
+        found.append(torch.cat([grad.flatten() for grad in gradients(model).values()]))
+    assert all((a - b).norm() > 1e-6 for i, a in enumerate(found) for b in found[:i])
+
+
+@EVERY
+@RECOMPUTE
+def test_no_gradient_flows_into_the_first_carry_and_none_hangs_on_the_last(kind, sizes, recompute):
+    model, x, y = make(kind, **sizes), tokens(2, 4 * l), tokens(2, 4 * l)
+    first = rowwise(lambda c: torch.randn_like(c).requires_grad_(), blank_carry(model, 2))
+    loss, last = backpropagate(model, x, y, first, recompute=recompute)
+    flags = []
+    rowwise(lambda a, b: flags.extend((a.grad is None, not b.requires_grad)), first, last)
+    assert all(flags) and not loss.requires_grad
+
+
+@RECOMPUTE
+def test_a_share_of_the_loss_is_added_to_the_gradient_that_is_there(recompute):
+    model, x, y = make(), tokens(2, 4 * l), tokens(2, 4 * l)
+    whole, _ = backpropagate(model, x, y)
+    expected = gradients(model)
+    parts = [backpropagate(model, x, y, share=share, recompute=recompute)[0]
+             for share in (0.25, 0.75)]
+    assert_equal((sum(parts), gradients(model)), (whole, expected))
+
+
+@EVERY
+@pytest.mark.parametrize('T', [4 * l, 4 * l + 1])
+def test_recomputed_with_dropout_it_drops_the_same(kind, sizes, T):
+    """The masks of the first time, in the order of segments; and the random numbers go on as if
+    nothing had been computed twice."""
+    model, x, y = make(kind, dropout=0.3, **sizes).train(), tokens(2, T), tokens(2, T)
+    torch.manual_seed(1)
+    loss, last = literal(model, x, y, None, cut=99)
+    loss.backward()
+    expected, following = gradients(model), torch.rand(1)
+    torch.manual_seed(1)
+    found, after = backpropagate(model, x, y, recompute=True)
+    assert_equal((found, after), (loss.detach(), last))
+    assert_equal(gradients(model), expected)
+    assert torch.equal(torch.rand(1), following)
+
+
+class Kept:
+    """A tensor that autograd keeps, counted as long as it does."""
+    now = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Kept.now += tensor.nbytes
+        Kept.peak = max(Kept.peak, Kept.now)
+
+    def __del__(self):
+        Kept.now -= self.tensor.nbytes
+
+
+def peak_bytes(model, segments, **kwargs):
+    """The most bytes, parameters aside, that autograd keeps at a time in a backward pass."""
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    Kept.now = Kept.peak = 0
+    x, y = (tokens(4, segments * unit(model)) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t if t.untyped_storage().data_ptr() in storages else Kept(t),
+            lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
+        backpropagate(model, x, y, **kwargs)
+    return Kept.peak
+
+
+@EVERY
+def test_memory_recomputed_or_truncated_does_not_grow_with_the_sequence(kind, sizes):
+    model = make(kind, **sizes)
+    whole = [peak_bytes(model, n) for n in (8, 24)]
+    recomputed = [peak_bytes(model, n, recompute=True) for n in (8, 24)]
+    truncated = [peak_bytes(model, n, chunk=4 * unit(model)) for n in (8, 24)]
+    assert whole[1] > 2.5 * whole[0]
+    assert recomputed[0] == recomputed[1] < whole[0] / 4
+    assert truncated[0] == truncated[1] < 0.7 * whole[0]
+
+
+def test_training_truncated_and_recomputed(train, tmp_path):
+    """Chunks are plain gradient accumulation: the first update sees the same loss cut or not, the
+    last one other weights. Recomputed, every loss is the same."""
+    losses = []
+    for i, settings in enumerate((dict(bptt_segments=2), dict(bptt_segments=2, recompute=True),
+                                  dict(recompute=True), {})):
+        run = train(out_dir=tmp_path / str(i), dropout=0.0, **settings)
+        assert run.code == 0, run.err
+        lines = map(json.loads, open(tmp_path / str(i) / 'log.jsonl'))
+        losses.append([line['loss'] for line in lines if 'loss' in line])
+    cut, cut_recomputed, recomputed, whole = losses
+    assert cut == pytest.approx(cut_recomputed, abs=1e-5)
+    assert whole == pytest.approx(recomputed, abs=1e-5)
+    assert cut[0] == pytest.approx(whole[0], abs=1e-6) and cut[-1] != whole[-1]
+
+
+def test_a_model_without_a_carry_has_nothing_to_cut(train):
+    for settings in (dict(bptt_segments=2), dict(recompute=True)):
+        run = train('gpt', **settings)
+        assert run.code == 1 and run.err.startswith("error: model_type='gpt' has no segments")
