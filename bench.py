@@ -4,23 +4,22 @@
     python bench.py --parts=speed,memory  # training: hours on two CPU cores
 """
 import statistics
-from contextlib import ExitStack
+from functools import partial
 from itertools import product
 
 import torch
 
-from configurator import at_least, configure, numbers
-from lib.bench_sides import at_work, make_side, seconds
+from configurator import at_least, configure, numbers, one_of
+from lib.bench_sides import in_process, make_side, rate
 from lib.checkpoint import find_file, load, load_model
-from lib.console import Progress, say
+from lib.console import Progress, require, say
 from lib.contract import flops_per_token, make_model, model_args
 from lib.device import COMPILE, PRODUCTS, choose_products, pick_device, set_threads
-from lib.pictures import curves as draw
 from lib.records import make_record, metric, place, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
 
 parts = 'generation'  # what is measured: generation, speed, memory; a record each
-rounds = 15           # readings of the clock, what is compared taking turns
+rounds = 15           # readings of the clock
 device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0           # CPU threads of a process; 0: one for generation, else torch's choice
 seed = 1337           # of tokens and fresh weights
@@ -41,8 +40,7 @@ vocab_size = 65       # tiny Shakespeare's characters
 batch_size = 16       # sequences of an update
 bptt_segments = 16    # segments of a chunk of a truncated side
 window = 192          # tokens of a sequence, for the speed
-processes = '1'       # of a side, for the speed; '1,2': in one, and in two that share the batch
-starts = 3            # times that a side's processes are started
+starts = 3            # processes of each side, the sides taking turns
 steps = 4             # updates between two readings of the clock
 block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # tokens of a sequence, for memory
 memory_limit_gb = 4.0  # points that would need more, if it grows as the length does, are left out
@@ -50,15 +48,15 @@ products = 'auto'     # as in train.py
 compile = 'auto'      # as in train.py
 
 
-def alternate(works, rounds, what):
-    """{name: [rate of each round]} of {name: function that gives a rate}; another one warms up."""
-    rates, progress = {name: [] for name in works}, Progress(what, rounds + 1, 'rounds')
-    for turn in range(rounds + 1):
+def alternate(works, turns, what):
+    """{name: [what it gives at each turn]} of {name: function}."""
+    found, progress = {name: [] for name in works}, Progress(what, turns, 'turns')
+    for turn in range(turns):
         for name in list(works)[::-1 if turn % 2 else 1]:
-            rates[name].append(works[name]())
+            found[name].append(works[name]())
         progress.at(turn + 1)
     progress.close()
-    return {name: some[1:] for name, some in rates.items()}
+    return found
 
 
 def median(values, others=None):
@@ -92,52 +90,46 @@ def measure_generation(s):
     checkpoint = load(find_file(s.out_dir), s.device)
     model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
     gpt = make_model('gpt', {**model_args(model), 'block_size': W}).to(s.device).eval()
-    idx, fresh = torch.randint(gpt.config.vocab_size, (1, n + W)).to(s.device), new_state(model)
-    works = {'uncached': lambda: generate_uncached(gpt, idx[:, :W], n),
-             'at once': lambda: read(model, idx[:, :n], fresh)}
-    sizes, curves = {}, {}
-    for name, net in ((ours, model), (f'GPT of window {W}', gpt)):
-        for c, state in zip(contexts, states_at(name, net, contexts, s.device)):
-            sizes[name, c] = state.nbytes
-            works[name, c] = lambda net=net, state=state: list(
-                stream(net, idx[:, :0], state.clone(), n, temperature=0))
-    rates = alternate({key: lambda work=work: n / seconds(work, s.device)
-                       for key, work in works.items()}, s.rounds, 'generation')
+    idx = torch.randint(gpt.config.vocab_size, (1, n + W)).to(s.device)
+    nets = {ours: model, f'GPT of window {W}': gpt}
+    states = {(name, c): state for name, net in nets.items()
+              for c, state in zip(contexts, states_at(name, net, contexts, s.device))}
+    works = {'uncached': partial(generate_uncached, gpt, idx[:, :W], n),
+             'at once': partial(read, model, idx[:, :n], new_state(model)),
+             **{key: lambda net=nets[key[0]], state=state: list(
+                 stream(net, idx[:, :0], state.clone(), n, temperature=0))
+                for key, state in states.items()}}
+    rates = alternate({key: partial(rate, n, s.device, work) for key, work in works.items()},
+                      s.rounds + 1, 'generation')
+    rates = {key: some[1:] for key, some in rates.items()}  # the first round warms up
     near, far = min(contexts, key=lambda c: abs(c - 1000)), contexts[-1]
     metrics = {'flat ratio': median(rates[ours, far], rates[ours, near]),
                'ratio to the uncached GPT': median(rates[ours, far], rates['uncached']),
                'ratio of reading at once': median(rates['at once'], rates[ours, near]),
-               **{f'tokens per second, {key}': median(rates[key]) for key in list(works)[:2]}}
-    for (name, c), size in sizes.items():
-        for what, value in (('tokens per second', median(rates[name, c])),
-                            ('bytes of state', metric(size))):
-            new = {'x': 'tokens read before', 'y': what, 'points': []}
-            curves.setdefault(f'{what}, {name}', new)['points'].append({'x': c, **value})
+               'tokens per second, uncached': median(rates['uncached']),
+               'tokens per second, at once': median(rates['at once'])}
+    measured = {'tokens per second': {key: median(rates[key]) for key in states},
+                'bytes of state': {key: metric(state.nbytes) for key, state in states.items()}}
+    curves = {f'{what}, {name}': {'x': 'tokens read before', 'y': what, 'points': [
+        {'x': c, **found[name, c]} for c in contexts]}
+        for what, found in measured.items() for name in nets}
     yield metrics, curves, [f'flat ratio: after {far:,} to after {near:,} tokens',
                             'ratio of reading at once: to generating, which reads one by one']
 
 
 def measure_speed(s):
     """Training of every side at every size; yields after each size. Efficiency is FLOPs per second
-    over those of the last side, in the number of processes in which that is fastest."""
+    over those of the last side."""
     metrics, sides, T = {}, s.sides.split(','), s.window
     for size in s.sizes.split(','):
+        works = {side: partial(in_process, 'speed', side, size, T, s.as_dict()) for side in sides}
+        rates = alternate(works, s.starts, size)
         flops = {side: flops_per_token(make_side(side, size, T, s)[0], T) for side in sides}
-        keys, starts = [*product(sides, numbers('processes', s.processes))], []
-        for start in range(s.starts):
-            with ExitStack() as stack:
-                asks = {(side, n): stack.enter_context(at_work(
-                    ['speed', side, size, T, s.as_dict()], n)) for side, n in keys}
-                starts.append(alternate(asks, s.rounds, f'{size}, start {start + 1} of {s.starts}'))
-        rates = {key: median([median(start[key])['value'] for start in starts]) for key in keys}
-        _, best = max((rates[key]['value'], key) for key in keys if key[0] == sides[-1])
-        for side, n in keys:
-            name = f'{size} {side}' + f', {n} processes' * (n > 1)
-            ratios = [median(start[side, n], start[best])['value'] * flops[side] / flops[best[0]]
-                      for start in starts]
-            metrics[f'{name}, tokens per second'] = rates[side, n]
-            metrics[f'{name}, efficiency'] = median(ratios)
-            metrics[f'{name}, FLOPs per token'] = metric(flops[side])
+        done = {side: [flops[side] * speed for speed in rates[side]] for side in sides}
+        for side in sides:
+            metrics[f'{size} {side}, tokens per second'] = median(rates[side])
+            metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
+            metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
         yield metrics, {}, ['medians of the starts, whose rates are medians of their rounds']
 
 
@@ -147,13 +139,10 @@ def measure_memory(s):
     for side in s.sides.split(','):
         points, peak, before = [], 0, 1
         for T in numbers('block_sizes', s.block_sizes):
-            found = []
             try:
-                if peak * T / before > 1000 * s.memory_limit_gb:
-                    raise SystemExit(f'{side}: {T:,} tokens may need more than the limit')
-                for _ in range(s.starts):
-                    with at_work(['memory', side, size, T, s.as_dict()]) as ask:
-                        found.append(ask())
+                require(peak * T / before <= 1000 * s.memory_limit_gb,
+                        f'{side}: {T:,} tokens may need more than the limit')
+                found = [in_process('memory', side, size, T, s.as_dict()) for _ in range(s.starts)]
             except SystemExit as ended:
                 notes.append(str(ended))
                 break
@@ -169,13 +158,10 @@ PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': mea
 
 def check(s):
     """Raise SystemExit for settings that would fail later."""
-    for key, known in (('parts', PARTS), ('products', PRODUCTS), ('compile', COMPILE)):
-        for value in getattr(s, key).split(','):
-            if value not in known:
-                raise SystemExit(f'error: {key}: {value!r} is none of {", ".join(known)}')
-    at_least(s, threads=0, window_tokens=1, rounds=1, bptt_segments=1, starts=1, steps=1)
-    for n in numbers('processes', s.processes, least=1):
-        numbers('batch_size', str(s.batch_size), least=n, multiple=n)  # they share it equally
+    require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
+    one_of(s, products=PRODUCTS, compile=COMPILE)
+    at_least(s, threads=0, window_tokens=1, rounds=1, batch_size=1, bptt_segments=1, starts=1,
+             steps=1)
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
     with torch.device('meta'):  # models without memory
         for side, size, T in product(s.sides.split(','), s.sizes.split(','), lengths):
@@ -183,10 +169,10 @@ def check(s):
 
 
 def main(s):
-    """Measure what is asked for; write a record, as far as it is measured, and a picture."""
+    """Measure what is asked for; write a record, as far as it is measured."""
     check(s)
     s, cores = s.replace(device=pick_device(s.device)), torch.get_num_threads()
-    for part in [part for part in PARTS if part in s.parts]:
+    for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':
             s = s.replace(products=choose_products(s.products))
         set_threads(s.threads or (1 if part == 'generation' else cores))
@@ -198,9 +184,6 @@ def main(s):
         lines += [f'{name}: ' + ', '.join(f'{p["value"]:,.0f} ({p["x"]:,})' for p in c['points'])
                   for name, c in curves.items()]
         say('\n'.join([*lines, *notes, f'written to {path}.json']))
-        drawn = {name: c for name, c in curves.items() if c['y'] != 'bytes of state'}
-        if drawn:
-            draw(f'{path}.png', f'{part.capitalize()}, {made["hardware"]}', drawn, log_y=True)
 
 
 if __name__ == '__main__':

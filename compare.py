@@ -16,13 +16,14 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, Popen
 
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
-from lib.checkpoint import own_folder
 from lib.console import Progress, say
 from lib.device import set_threads
+from lib.files import own_folder
+from lib.processes import Stop
 from lib.records import ROOT, place, save_record
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
@@ -65,9 +66,6 @@ class Run:
         except (OSError, ValueError):
             return {}
 
-    def write(self, name, value):
-        (self.folder / name).write_text(json.dumps(value), encoding='utf-8')
-
     def has(self, name):
         """Whether a result is there, and was made with the settings that are wanted now."""
         settings = self.read(name).get('settings')
@@ -76,11 +74,11 @@ class Run:
     def complete(self):
         return not self.error and all(self.has(name) for name in self.results)
 
-    def tokens_done(self):
-        """Tokens that it has been trained on so far, as its log says."""
+    def done(self):
+        """Tokens that it has been trained on, as its log says; a tenth less until it is probed."""
         log = self.folder / 'log.jsonl'
         found = re.findall(r'"tokens": (\d+)', log.read_text() if log.exists() else '')
-        return max(map(int, found), default=0)
+        return self.tokens if self.complete() else 0.9 * max(map(int, found), default=0)
 
     def conflict(self):
         """What its folder holds in place of it: a run with another setting; '' if there is none."""
@@ -88,8 +86,8 @@ class Run:
         for key in sorted({*before, *self.settings}) if started else ():
             then, now = before.get(key), self.settings.get(key)  # None is train.py's own
             if then != now:
-                return (f'{os.path.relpath(self.folder, ROOT)} holds a run with another {key}, '
-                        f'{then!r} in place of {now!r}: delete it, or take another out_dir')
+                return (f'{os.path.relpath(self.folder)} holds a run with another {key}, {then!r} '
+                        f'in place of {now!r}: delete it, or take another out_dir')
         return ''
 
 
@@ -120,8 +118,7 @@ def read_comparison(name):
 
 
 def plan(c, folder, quick=False):
-    """All runs of a comparison, the ablations last. Raises SystemExit if one cannot see exactly the
-    tokens of the others."""
+    """All runs, the ablations last. Raises SystemExit if one cannot see as much as the others."""
     found, first = [], c['seeds'][0]
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
     probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
@@ -151,21 +148,20 @@ def plan(c, folder, quick=False):
 
 async def call(s, script, **flags):
     """Run a script; returns what it printed. Raises RuntimeError with its last line of complaint if
-    it fails. If this is canceled, it is told to stop, and waited for."""
+    it fails. If this is canceled, it is told to stop; asyncio.run then waits for the thread."""
     flags = {**flags, 'device': s.device, 'threads': s.threads}
-    child = await asyncio.create_subprocess_exec(  # in a session of its own: Ctrl-C is for us alone
-        sys.executable, script, *(f'--{key}={value}' for key, value in flags.items()), cwd=ROOT,
-        stdout=PIPE, stderr=PIPE, env={**os.environ, 'PYTHONUTF8': '1'}, start_new_session=True)
+    child = Popen([sys.executable, script, *(f'--{key}={value}' for key, value in flags.items())],
+                  stdout=PIPE, stderr=PIPE, encoding='utf-8', errors='replace', cwd=ROOT,
+                  env={**os.environ, 'PYTHONUTF8': '1'}, start_new_session=True)  # without Ctrl-C
     try:
-        printed, complaint = await child.communicate()
+        printed, complaint = await asyncio.to_thread(child.communicate)
     except asyncio.CancelledError:
         child.terminate()
-        await child.communicate()
         raise
     if child.returncode:
-        lines = complaint.decode(errors='replace').strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f'{script} ended with {child.returncode}')
-    return printed.decode(errors='replace')
+        ended = complaint.strip() or f'{script} ended with {child.returncode}'
+        raise RuntimeError(ended.splitlines()[-1])
+    return printed
 
 
 async def work(s, run, slots):
@@ -176,7 +172,7 @@ async def work(s, run, slots):
             if not run.has('record.json'):
                 run.folder.mkdir(parents=True, exist_ok=True)
                 start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
-                run.write('settings.json', run.settings)
+                (run.folder / 'settings.json').write_text(json.dumps(run.settings))
                 await call(s, 'train.py', **run.settings, **start, out_dir=run.folder,
                            data_dir=s.data_dir)
             if not run.has('record.json'):
@@ -187,45 +183,50 @@ async def work(s, run, slots):
                 texts = [await call(s, 'sample.py', start=prompt.replace('\\', r'\\'), seed=1337,
                                     max_new_tokens=samples['new_tokens'], out_dir=last)
                          for prompt in samples['prompts']]
-                run.write('samples.json', {'settings': samples, 'texts': texts})
+                made = json.dumps({'settings': samples, 'texts': texts})
+                (run.folder / 'samples.json').write_text(made)
         except (RuntimeError, OSError) as error:
             run.error = str(error)
     say(f'{run.name}, seed {run.seed}: {"failed: " * bool(run.error)}{run.error or "complete"}')
 
 
 async def work_on(s, runs):
-    """Work on all runs, s.jobs at a time, and show how far they are."""
-    before, slots = sum(run.tokens_done() for run in runs), asyncio.Semaphore(s.jobs)
-    progress = Progress('training', sum(run.tokens for run in runs) - before)
+    """Work on all runs, s.jobs at a time, and show how far they are; a signal cancels it."""
+    slots, before = asyncio.Semaphore(s.jobs), sum(run.done() for run in runs)
+    progress = Progress('comparison', sum(run.tokens for run in runs) - before)
+    loop, stop = asyncio.get_running_loop(), asyncio.current_task().cancel
+    handlers = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+                for number in Stop.SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     jobs = {asyncio.create_task(work(s, run, slots)) for run in runs if not run.error}
-    while jobs:
-        _, jobs = await asyncio.wait(jobs, timeout=5)
-        progress.at(sum(run.tokens_done() for run in runs) - before, f'{len(jobs)} runs to go')
-    progress.close()
+    try:
+        while jobs:
+            _, jobs = await asyncio.wait(jobs, timeout=5)
+            progress.at(sum(run.done() for run in runs) - before, f'{len(jobs)} runs to go')
+    finally:
+        progress.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def main(s):
     at_least(s, jobs=1, threads=0)
     set_threads(s.threads)
-    check(not s.record or not s.quick and not s.only,
-          'results/ is for whole comparisons: leave out --quick and --only, or --record')
+    check(not (s.record and (s.quick or s.only)), 'no --record with --quick or --only: results/ '
+          'is for whole comparisons')
     c = read_comparison(s.comparison)
     if s.seeds:
         c['seeds'] = numbers('seeds', s.seeds)
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or place(name, False)
     runs = plan(c, folder, s.quick)
-    names = [*c['runs'], *c['ablations']]
-    chosen = [name.strip() for name in s.only.split(';')] if s.only else names
-    check({*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
-    wanted = [run for run in runs if run.name in chosen]
+    names, chosen = [*c['runs'], *c['ablations']], [text.strip() for text in s.only.split(';')]
+    check(not s.only or {*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
+    wanted = [run for run in runs if not s.only or run.name in chosen]
     if not s.only_report:
         own_folder(folder)
-        for kind in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # the runs end with this process
-            signal.signal(getattr(signal, kind), signal.default_int_handler)
         try:
             asyncio.run(work_on(s, wanted))
-        except KeyboardInterrupt:
+        except asyncio.CancelledError:
             raise SystemExit('stopped; the same command goes on from here') from None
     failed = [run for run in wanted if not run.complete()]
     check(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')

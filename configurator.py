@@ -4,26 +4,21 @@ A script lists its settings as globals, one a line with a comment; `s = configur
 s.key for each. A key is a public bool, int, float or text whose name is not all capitals. Both
 `--key=value` on the command line and a line `key = value` in a config file named there set it.
 """
-import ast
 import difflib
 import inspect
 import linecache
-import math
 import os
+import re
 import runpy
 import sys
-import textwrap
 import traceback
 import types
 from contextlib import suppress
-from dataclasses import fields
 from glob import glob
-from itertools import takewhile
 
-from lib.console import say
+from lib.console import require, say
 
 KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
-LARGEST = {int: 2 ** 63 - 1, float: sys.float_info.max}  # that a tensor can hold
 
 
 class Settings:
@@ -49,25 +44,22 @@ class Settings:
 def configure(namespace, argv=None, positional=None, parts=None):
     """Return the Settings of a script: its defaults, changed by config files and then by flags.
 
-    namespace: the script's globals(), which are only read.
-    argv: the command line without the script's name; sys.argv[1:] unless given.
+    namespace: the script's globals(), only read. argv: its command line, if not sys.argv[1:].
     positional: the key that a bare argument sets; without it a bare argument is a config file.
-    parts: function of the dict of the values of the script's own keys. It returns a list of
-    modules and dataclasses whose defaults are keys as well, where the script has none of that name.
-    Raises SystemExit with a one-line message on bad input, and with 0 after --help. From then on
-    Ctrl-C and a closed pipe end the script without a traceback.
+    parts: function of the values of the script's own keys. It returns a list of modules and
+    dataclasses whose defaults are keys as well, where the script has none of that name.
+    Raises SystemExit with one line on bad input, and after --help. From then on Ctrl-C and a closed
+    pipe end the script without a traceback.
     """
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _excepthook
+    sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     wants_help = {'-h', '--help'} & set(argv)
     script = types.SimpleNamespace(**{'__file__': 'script.py', '__doc__': '', **namespace})
+    entries = _read([item for item in argv if item not in wants_help], positional,
+                    os.path.dirname(os.path.abspath(script.__file__)))
     defaults = _defaults(script)
-    sources, known, entries = [(script, dict(defaults))], defaults, []
-    with suppress(SystemExit if wants_help else ()):  # help comes whatever else is wrong
-        entries = _read([item for item in argv if item not in wants_help], positional,
-                        os.path.dirname(os.path.abspath(script.__file__)))
-        known, _ = _apply([entry for entry in entries if entry[1] in defaults], defaults)
+    sources = [(script, defaults)]
+    known, _ = _apply([entry for entry in entries if entry[1] in defaults], defaults)
     for part in parts(known) if parts else ():
         more = {key: value for key, value in _defaults(part).items() if key not in defaults}
         sources.append((part, more))
@@ -96,13 +88,10 @@ def merge(saved, given, fixed=(), here=()):
 
 
 def numbers(key, text, least=0, multiple=1):
-    """Return the whole numbers in a setting's text, such as '12,48,192', each once and rising.
-
-    Raises SystemExit unless they are numbers, not below `least` and multiples of `multiple`.
-    """
+    """The whole numbers in a text such as '12,48,192', each once, rising. SystemExit on others."""
     with suppress(ValueError):
         found = sorted({int(item) for item in text.split(',')})
-        if found[0] >= max(0, least) and not any(n % multiple for n in found):
+        if found[0] >= least and not any(n % multiple for n in found):
             return found
     kind = f', multiples of {multiple}' if multiple > 1 else ''
     raise SystemExit(f'error: {key} must be whole numbers from {least} on{kind}, '
@@ -112,8 +101,16 @@ def numbers(key, text, least=0, multiple=1):
 def at_least(settings, **least):
     """Raise SystemExit if a setting is smaller than told."""
     for key, value in least.items():
-        if (found := getattr(settings, key)) < value:
-            raise SystemExit(f'error: {key} must be at least {value}, not {found}')
+        found = getattr(settings, key)
+        require(found >= value, f'{key} must be at least {value}, not {found}')
+
+
+def one_of(settings, **choices):
+    """Raise SystemExit if a setting is none of its choices."""
+    for key, known in choices.items():
+        found = getattr(settings, key)
+        names = ', '.join(map(repr, known))
+        require(found in known, f'{key} must be one of {names}, not {found!r}')
 
 
 def show(settings):
@@ -130,17 +127,18 @@ def hint(key, known, prefix=''):
 
 def run_file(name, folder):
     """Run a config file, looked for here and in `folder`; return the names it sets, unchecked."""
-    path = _find_config(name, folder)
+    paths = filter(os.path.isfile, (os.path.abspath(name), os.path.join(folder, name)))
+    path = next(paths, None)
+    require(path, f'no setting --key=value and no config file: {name!r}: '
+                  f"{hint(name, glob('config/*.py', root_dir=folder))}")
     try:
         found = runpy.run_path(path, run_name='__config__')
     except (Exception, SystemExit) as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        lines = [line for frame, line in frames if frame.f_code.co_filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines = [error.lineno]
+        lines = [getattr(error, 'lineno', None) or 1]  # of a SyntaxError in the file itself
+        frames = traceback.extract_tb(error.__traceback__)
+        lines += [frame.lineno for frame in frames if frame.filename == path]
         reason = ' '.join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
-        raise SystemExit(f'error: {name}:{lines[-1] if lines else 1}: {reason}: '
-                         'correct the config file') from None
+        raise SystemExit(f'error: {name}:{lines[-1]}: {reason}: correct the config file') from None
     return {key: value for key, value in found.items() if not key.startswith('_')}
 
 
@@ -161,125 +159,84 @@ def _excepthook(kind, error, trace):
 
 def _defaults(source):
     """{key: default} of a script, a module or a dataclass."""
-    items = vars(source).items()
-    if isinstance(source, type):
-        items = [(field.name, field.default) for field in fields(source)]
-    return {key: value for key, value in items
-            if type(value) in KINDS and not key.startswith('_') and not key.isupper()}
+    keys = getattr(source, '__dataclass_fields__', vars(source))
+    return {key: value for key in keys if type(value := getattr(source, key, None)) in KINDS
+            and not key.startswith('_') and not key.isupper()}
 
 
 def _read(argv, positional, folder):
-    """Run the config files and split the flags of a command line.
-
-    Returns a list of (origin, key, value), those of the files first. The origin is 'FILE: ', or
-    '--' for a flag. The value of a flag is its text, None if it has none.
-    """
-    bare, flags = [], []
-    for item in argv:
-        key, equals, text = item.removeprefix('--').partition('=')
-        if item.startswith('--'):
-            flags.append(('--', key, text if equals else None))
-        elif item.startswith('-') or equals and not item.endswith('.py'):
-            meant = item.lstrip('-') if equals else 'key=value (--help lists the keys)'
-            raise SystemExit(f'error: {item!r} is not a flag: write --{meant}')
-        else:
-            bare.append(item)
-    if positional is None:
-        return [(f'{name}: ', key, value) for name in bare
-                for key, value in run_file(name, folder).items()] + flags
-    if len(bare) > 1:
-        raise SystemExit(f'error: {bare[1]!r} is one argument too many: '
-                         f'only one {positional} can be given')
-    return [('--', positional, item) for item in bare] + flags
+    """List of (origin, key, value): of files ('FILE: '), then of flags ('--', the value is text)."""
+    bare = [item for item in argv if not item.startswith('-')]
+    flags = [item.removeprefix('--') for item in argv if item.startswith('-')]
+    for flag in flags:
+        require('=' in flag, f'--{flag} has no value: write --{flag}=VALUE')
+    entries = [('--', *flag.split('=', 1)) for flag in flags]
+    if not positional:
+        return [(f'{name}: ', *setting) for name in bare
+                for setting in run_file(name, folder).items()] + entries
+    require(len(bare) < 2, f'only one {positional} can be given, not {bare[:2]}')
+    return [('--', positional, item) for item in bare] + entries
 
 
 def _apply(entries, defaults):
     """Return the values of all keys and the set of those given, from what _read() returned."""
     values, given = dict(defaults), set()
     for origin, key, value in entries:
-        if key in defaults:
-            if origin == '--' and value is None:
-                raise SystemExit(f'error: --{key} has no value: write --{key}=VALUE, '
-                                 f'where VALUE is {KINDS[type(defaults[key])]}')
-            value = _check(origin, key, value, defaults[key])
-            if value and (key.endswith(('_dir', '_file', '_state')) or key == 'file'):
-                value = os.path.expanduser(value)  # relative in a file: from the script's folder
-                value = os.path.abspath(value) if origin == '--' else value
-            values[key] = value
-            given.add(key)
-        elif origin == '--':
-            raise SystemExit(f"error: unknown key --{key}: {hint(key, defaults, '--')}")
-        elif not is_helper(value):
-            raise SystemExit(f'error: {origin}unknown key {key!r}: {hint(key, defaults)}')
+        if key not in defaults:
+            where = '--' if origin == '--' else ''
+            require(is_helper(value), f'unknown key {origin}{key}: {hint(key, defaults, where)}')
+            continue
+        value = _check(origin, key, value, defaults[key])
+        if value and key.endswith(('dir', 'file', 'state')):
+            value = os.path.expanduser(value)  # relative in a file: from the script's folder
+            value = os.path.abspath(value) if origin == '--' else value
+        values[key] = value
+        given.add(key)
     return values, given
 
 
 def _check(origin, key, value, default):
-    """Return a value in the default's type, a flag's text parsed; SystemExit if it has no such."""
+    """Return a value in the default's type, a flag's text parsed. SystemExit if that cannot be."""
     kind, found = type(default), value
     if origin == '--' and kind is bool:
         found = {'true': True, 'false': False}.get(value.lower())
-    elif origin == '--' and kind is not str:
+    elif origin == '--':
         for convert in (float, kind):  # int by itself too: float rounds 9007199254740993
             with suppress(ValueError):
                 found = convert(value)
-    fits = type(found) is kind
-    if kind in LARGEST and type(found) in LARGEST:  # a bool is no number here
-        limit = math.inf if kind is type(found) is float else LARGEST[kind]
-        fits = abs(found) <= limit and (kind is float or found % 1 == 0)
-    if fits:
-        return kind(found)
-    shown = textwrap.shorten(repr(value), 80, placeholder='...')
-    raise SystemExit(f'error: {origin}{key}={shown}: expected {KINDS[kind]} (default {default!r})')
-
-
-def _find_config(name, folder):
-    """Return the path of a config file, looked up here and then beside the script."""
-    for path in (os.path.abspath(name), os.path.join(folder, name)):
-        if os.path.isfile(path) and name.endswith('.py'):
-            return path
-    stems = [entry[:-3] for entry in glob('*.py', root_dir=os.path.join(folder, 'config'))]
-    near = difflib.get_close_matches(os.path.basename(name).removesuffix('.py'), stems, 1)
-    remedy = f'did you mean config/{near[0]}.py?' if near else 'give its path, or --key=value'
-    problem = 'not found' if name.endswith('.py') else 'is not a .py file'
-    raise SystemExit(f'error: config file {name!r} {problem}: {remedy}')
+    with suppress(ValueError, OverflowError):  # of int(nan), int(inf) and float(10 ** 400)
+        similar = type(found) is kind or {type(found), kind} == {int, float}  # a bool is no int
+        if similar and kind(found) == found and (kind is not int or abs(found) < 2 ** 63):
+            return kind(found)
+    raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]} '
+                     f'(default {default!r})')
 
 
 def _help(sources, positional):
     """The text of --help. sources: list of (script, module or dataclass, its {key: default})."""
     script, bare = sources[0][0], positional.upper() if positional else '[config.py ...]'
     lines = [f'usage: python {os.path.basename(script.__file__)} {bare} [--key=value ...]']
-    lines += [*(script.__doc__ or '').strip().splitlines()[:1], '']
+    lines += [*(script.__doc__ or '').splitlines()[:1], '']
     for source, keys in sources:
-        lines += [] if source is script else ['', f'settings of {source.__name__}']
-        comments = _comments(source)
-        width = max((len(f'--{key}={value!r}') for key, value in keys.items()), default=0)
-        for key, value in keys.items():
-            heading, comment = comments.get(key, ('', ''))
-            lines += ['', heading] if heading else []
-            lines.append(f"  {f'--{key}={value!r}':<{width}}  {comment}".rstrip())
+        lines += [] if source is script else ['', f'settings of {source.__name__}', '']
+        lines += _listing(source, {key: f'--{key}={value!r}' for key, value in keys.items()})
     return '\n'.join(lines).replace('\n\n\n', '\n\n')
 
 
-def _comments(source):
-    """{key: (heading of the group it opens, its own comment)}, read where a source is written."""
-    found, classes = {}, source.__mro__[:-1] if isinstance(source, type) else ()
-    texts = [textwrap.dedent(inspect.getsource(cls)) for cls in classes]
-    for text in texts or [''.join(linecache.getlines(source.__file__))]:
-        body = ast.parse(text).body
-        for node in body[0].body if classes else body:
-            key = getattr(getattr(node, 'targets', [getattr(node, 'target', None)])[0], 'id', None)
-            if key not in found:  # later assignments are the script's business
-                above, after = _around(text.splitlines(), node)
-                found[key] = (above, after) if after else ('', above)
-    return found
-
-
-def _around(lines, node):
-    """The comment lines above a statement, and the comment after it with those that continue it."""
-    indent = ' ' * node.col_offset
-    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-    above = takewhile(lambda line: line.startswith(indent + '#'), lines[:node.lineno - 1][::-1])
-    after = takewhile(lambda line: line.startswith(indent + ' ') and line.lstrip()[:1] == '#',
-                      [f'{indent} {rest}', *lines[node.end_lineno:]])
-    return [' '.join(line.lstrip('# ') for line in part) for part in ([*above][::-1], after)]
+def _listing(source, flags):
+    """Lines of --help: the flags of a source, each below and beside its comments there."""
+    lines = [*linecache.getlines(getattr(source, '__file__', ''))]
+    for cls in source.__mro__[:-1] if isinstance(source, type) else ():
+        lines += inspect.getsourcelines(cls)[0]
+    width, shown, above = max(map(len, flags.values()), default=0), [], []
+    for line in lines:
+        _, _, comment = line.rstrip().partition('  # ')
+        key = re.match(r' *(\w+)(: \w+)? = |', line)[1]
+        if key in flags:  # later assignments are the script's business
+            shown += [*(above or []), f'  {flags.pop(key):<{width}}  {comment}'.rstrip()]
+            above = None
+        elif above is None and line.startswith(' ' * 8):  # the comment beside goes on
+            shown.append(' ' * (width + 4) + comment.strip())
+        else:
+            above = [*(above or ['']), line.strip('# \n')] if line.lstrip()[:1] == '#' else []
+    return shown + [f'  {flag}' for flag in flags.values()]

@@ -200,7 +200,7 @@ def _load_gpt2():
 
 def _reason(error):
     """One short line about an exception."""
-    return textwrap.shorten(f'{type(error).__name__}: {error}', 160, placeholder='...')
+    return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder='...')
 
 
 def _check_request(dataset, file, tokenizer, newlines, data_dir):
@@ -224,7 +224,7 @@ def _check_replaceable(folder):
     """Refuse to replace anything that is not a data set: it may be somebody's work."""
     names = set(os.listdir(folder) if os.path.exists(folder) else ())
     others = sorted(names - {'train.bin', 'val.bin', 'meta.json'})
-    _check(not others, f'{folder} holds other files ({others[:1]}): '
+    _check(not others, f"{folder} holds other files ({', '.join(others[:3])}): "
                        'move them away, or choose another name')
 
 

@@ -2,30 +2,27 @@
 
     python probe.py --out_dir=out/fold_shakespeare
     python probe.py --out_dir=out/fold_shakespeare --file=book.txt --targets=500
-    python probe.py --out_dir=out/fold_needle --beside=out/gpt_needle/probe.json
 
 Text: the loss of the validation split. Context curve: the loss of the tokens of a segment if all
 but the c tokens before it is taken away. Preserved context: the largest c beyond which history is
-still worth 0.005 nats per token. Swapped: what is older comes from elsewhere in the text. Remote
-co-occurrence: the loss of a word with and without the one place where it stood last.
-Needle: recall against distance. Pairs: recall against their number.
+still worth 0.005 nats per token. Remote co-occurrence: the loss of a word with and without the one
+place where it stood last. Needle: recall against distance. Pairs: recall against their number.
 """
 import os
 import re
 
-from configurator import at_least, configure
+from configurator import at_least, configure, one_of
 from lib import checkpoint as ckpt
-from lib.console import say
+from lib.console import require, say
 from lib.contract import count_parameters
-from lib.device import pick_device, set_threads
+from lib.device import set_up
 from lib.pictures import curves
-from lib.records import load_record, make_record, metric, place, save_record
+from lib.records import make_record, metric, place, save_record
 from tasks import find_task
 
 # run
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
 record = False      # write into results/, which the docs are made from, not the run's folder
-beside = ''         # records of other probes, separated by commas, drawn into the same pictures
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap
 device = 'auto'     # 'auto' takes cuda, mps or cpu, the first that is there
@@ -34,7 +31,6 @@ threads = 0         # CPU threads; 0 leaves it to torch
 file = ''           # text to score; '' is the validation split that belongs to the run
 histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment, rounded up
                     # to whole segments; the last is the reference
-swaps = '12,24,48,96,144'  # of these, where older text is also swapped for other; '' swaps none
 segment = 12        # tokens of a target segment, where the model has no segments of its own
 targets = 2000      # segments that are scored under every history, evenly spread over the text
 words = 400         # words scored in every bin of remote co-occurrence
@@ -55,11 +51,8 @@ wait = 0            # segments of filler between the last pair and the questions
 
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
-    if p.units not in ('auto', 'word', 'identifier'):
-        raise SystemExit(f"error: units must be 'auto', 'word' or 'identifier', not {p.units!r}")
-    others = {name.removesuffix('.json'): load_record(name) for name in p.beside.split(',') if name}
-    set_threads(p.threads)
-    device = pick_device(p.device)
+    one_of(p, units=('auto', 'word', 'identifier'))
+    device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
     task, config, folder = find_task(saved['task']), saved.get('config', {}), os.path.dirname(path)
@@ -70,8 +63,8 @@ def main(p):
     if p.record:
         kind = 'probe' if saved['task'] == 'text' else saved['task']
         target = place(os.path.join(kind, f'{name}.json'), True)
-    if os.path.isdir(target) or not os.access(folder, os.W_OK):
-        raise SystemExit(f'error: cannot write {target}: make room for it, and {folder} writable')
+    require(os.access(folder, os.W_OK) and not os.path.isdir(target),
+            f'cannot write {target}: make room for it, and {folder} writable')
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "
         f"task {saved['task']!r}, measured on {corpus}")
     found = task.probe(model, saved, p, device)
@@ -82,11 +75,9 @@ def main(p):
                                     found['curves'], found['notes'], device=device))
     say(f'written to {os.path.relpath(target)}')
     for i, (title, curve) in enumerate(found['curves'].items()):
-        drawn = {name: curve, **{label: other['curves'][title] for label, other in others.items()
-                                 if title in other['curves']}}
-        if any(some['points'] for some in drawn.values()):
+        if curve['points']:
             picture = f"probe_{re.sub('[^a-z]+', '_', title)}.png" if i else 'probe.png'
-            curves(os.path.join(folder, picture), f'{title}, {corpus}', drawn)
+            curves(os.path.join(folder, picture), f'{title}, {corpus}', {name: curve})
 
 
 if __name__ == '__main__':

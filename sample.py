@@ -63,11 +63,10 @@ class Interrupt:
 
 
 def prompt_text(s, tokenizer):
-    """The prompt as it was written, its escapes replaced; the default one if it can be read.
-
-    Raises SystemExit if it holds what is not UTF-8.
-    """
-    if 'start' not in s.given and '\n' not in tokenizer.spec.get('chars', '\n'):
+    """The prompt as it was written, its escapes replaced; the default one if it can be read; ''
+    for a file. Raises SystemExit if it holds what is not UTF-8."""
+    default_is_new = 'start' not in s.given and '\n' not in tokenizer.spec.get('chars', '\n')
+    if default_is_new or s.start.startswith('FILE:'):
         return ''
     try:
         s.start.encode('utf-8')
@@ -100,7 +99,7 @@ def file_blocks(name, interrupt):
                     yield held[:cut]
                 held = held[cut:]
             yield held + decoder.decode(b'', final=True)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
@@ -123,6 +122,17 @@ def read_text(text, model, tokenizer, state, characters=0):
                               device=device), state)
 
 
+def first_state(s, model, generator):
+    """A fresh state, or the one to go on from, and its random numbers unless a seed is given."""
+    if not s.load_state:
+        return new_state(model)
+    state = ckpt.load_state(s.load_state, model, None if s.seed else generator)
+    if len(state) != 1:
+        raise SystemExit(f'error: {s.load_state} holds {len(state)} rows; sample.py goes on from '
+                         f'one')
+    return state
+
+
 def write_sample(s, model, tokenizer, state, generator, interrupt):
     """Print a continuation token by token, as it comes; the state reads along."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')  # characters of several tokens
@@ -141,17 +151,10 @@ def check(s):
              threads=0)
     if s.top_p > 1:
         raise SystemExit(f'error: top_p must be at most 1, not {s.top_p}')
-    if not s.save_state:
-        return
-    if s.num_samples > 1:
+    if s.save_state and s.num_samples > 1:
         raise SystemExit('error: save_state keeps the state of one text: leave num_samples at 1')
-    folder = os.path.dirname(s.save_state) or '.'
-    if os.path.isdir(s.save_state):
-        raise SystemExit(f'error: save_state={s.save_state!r} is a folder: name a file')
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise SystemExit(f'error: cannot write {s.save_state}: {folder} is not a folder that can '
-                         f'be written to')
-    ckpt.refuse_to_replace(s.save_state)
+    if s.save_state:
+        ckpt.refuse_to_replace(s.save_state)
 
 
 def load_all(s):
@@ -163,36 +166,24 @@ def load_all(s):
                          f'--out_dir; it gives one to the weights of another program, too, by '
                          f'--init_from=PATH --max_iters=0')
     tokenizer = Tokenizer(saved['tokenizer'])
-    for name, value in saved['model'].items():  # ids beyond the vocabulary, as padding, say nothing
-        if name.endswith(('wte.weight', 'lm_head.weight')):
-            saved['model'][name] = value[:tokenizer.vocab_size]
-    args = saved['model_args']
-    args['vocab_size'] = min(args['vocab_size'], tokenizer.vocab_size)
-    model = ckpt.load_model(saved, device=machine.pick_device(s.device)).eval()
+    vocab_size = min(saved['model_args']['vocab_size'], tokenizer.vocab_size)  # beyond is padding
+    model = ckpt.load_model(saved, device=machine.pick_device(s.device), vocab_size=vocab_size)
     corpus = (saved.get('data') or {}).get('dataset', 'an unnamed corpus')
     print(f"{os.path.relpath(path)}: {saved['model_type']}, trained on {corpus}", file=sys.stderr)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def main(s):
     check(s)
     machine.set_threads(s.threads)
     model, tokenizer = load_all(s)
-    prompt = prompt_text(s, tokenizer)
+    prompt, is_file = prompt_text(s, tokenizer), s.start.startswith('FILE:')
     generator = torch.Generator(next(model.parameters()).device).manual_seed(s.seed or 1337)
-    state = new_state(model)
-    if s.load_state:
-        state, rng = ckpt.load_state(s.load_state, model)
-        if len(state) != 1:
-            raise SystemExit(f'error: {s.load_state} holds {len(state)} rows; sample.py goes on '
-                             f'from one')
-        if not s.seed and rng.shape == generator.get_state().shape:  # else of another device
-            generator.set_state(rng)
-    interrupt = Interrupt()
+    interrupt, state = Interrupt(), None
     try:
-        if prompt.startswith('FILE:'):
+        state = first_state(s, model, generator)
+        if is_file:
             read_file(s.start[5:], model, tokenizer, state, interrupt)
-            prompt = ''
         else:
             read_text(prompt, model, tokenizer, state)
         for i in range(s.num_samples):
@@ -207,7 +198,7 @@ def main(s):
                          f'before is still good') from None
     except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
         kept = ''
-        if s.save_state and state.read[0]:
+        if s.save_state and state and state.read[0]:
             ckpt.save_state(s.save_state, state, model, generator)
             kept = f'; {s.save_state} holds the {int(state.read[0]):,} tokens before'
         raise SystemExit(f'{error}{kept}') from None

@@ -20,13 +20,14 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import at_least, configure, merge, show
+from configurator import at_least, configure, merge, one_of, show
 from lib import checkpoint as ckpt
 from lib import device as machine
 from lib import processes
-from lib.console import duration, say
+from lib.console import duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
 from lib.contract import model_args as sizes_of
+from lib.files import append_line, own_folder
 from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
 from lib.processes import RANK, WORLD, from_all, from_writer
@@ -96,32 +97,24 @@ def check(s):
     at_least(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=0,
              warmup_iters=0, eval_interval=1, log_interval=1, threads=0, learning_rate=0.0,
              min_lr=0.0, weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
-    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
-        raise SystemExit(f'error: beta1={s.beta1} and beta2={s.beta2} must lie in [0, 1)')
-    if not 0 <= s.decay_from <= 1:
-        raise SystemExit(f'error: decay_from={s.decay_from} must lie in [0, 1]')
-    if s.decay_from < 1 and s.min_lr > s.learning_rate:
-        raise SystemExit(f'error: min_lr={s.min_lr} is above learning_rate={s.learning_rate}: '
-                         f'lower it as well')
-    for key, known in (('dtype', ('auto', 'float32', 'bfloat16')), ('products', machine.PRODUCTS),
-                       ('compile', machine.COMPILE)):
-        if getattr(s, key) not in known:
-            raise SystemExit(f'error: {key} must be one of {", ".join(map(repr, known))}, not '
-                             f'{getattr(s, key)!r}')
-    if os.path.realpath(out_dir) == os.path.realpath(ROOT):
-        raise SystemExit("error: out_dir must be a folder of its own, not the repository's: "
-                         '--out_dir=out/NAME')
+    one_of(s, dtype=('auto', 'float32', 'bfloat16'), products=machine.PRODUCTS,
+           compile=machine.COMPILE)
+    require(0 <= s.beta1 < 1 and 0 <= s.beta2 < 1 and 0 <= s.decay_from <= 1,
+            f'beta1={s.beta1}, beta2={s.beta2} and decay_from={s.decay_from} must lie in [0, 1)')
+    require(s.decay_from == 1 or s.min_lr <= s.learning_rate,
+            f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}: lower it as well')
+    require(os.path.realpath(out_dir) != os.path.realpath(ROOT),
+            "out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
 
 
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
     found = sorted(name for name in found - {'log.jsonl', '.lock'} if not name.endswith('.tmp'))
-    if found and s.init_from != 'resume' and not s.overwrite:
-        raise SystemExit(f'error: {out_dir} is not empty ({found[0]}): --overwrite=True starts '
-                         f'over, --init_from=resume goes on with its run, --out_dir=... goes '
-                         f'elsewhere')
-    ckpt.own_folder(out_dir)
+    require(s.init_from == 'resume' or s.overwrite or not found,
+            f'{out_dir} is not empty ({"".join(found[:1])}): --overwrite=True starts over, '
+            f'--init_from=resume goes on with its run, --out_dir=... goes elsewhere')
+    own_folder(out_dir)
 
 
 def lr_at(it):
@@ -147,29 +140,21 @@ def train_step(it):
 
 
 def stop_unless_finite(value, what):
-    if not math.isfinite(value):
-        raise SystemExit(f'error: {what} is {value} at iteration {run.done}; stopped, the '
-                         f'best checkpoint in {out_dir} is from before. A lower learning_rate '
-                         f'usually helps (now {s.learning_rate})')
+    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped, the best '
+            f'checkpoint in {out_dir} is from before. A lower learning_rate than '
+            f'{s.learning_rate} usually helps')
 
 
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
-    def append():
-        try:
-            with open(log_path, 'a') as f:
-                f.write(json.dumps(record) + '\n')
-        except OSError as error:
-            raise SystemExit(f'error: cannot write {log_path}: {error.strerror}; the checkpoints '
-                             f'are kept') from None
-    from_writer(append)
+    from_writer(lambda: append_line(log_path, json.dumps(record)))
 
 
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
     again goes, a finished run's last evaluation too."""
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
-    return record['iter'] < run.done or run.done and record['iter'] == run.done and not again
+    return s.init_from == 'resume' and record.get('iter', math.inf) + again <= run.done
 
 
 def evaluate():
@@ -177,7 +162,7 @@ def evaluate():
     run.val = job.evaluate()
     loss = run.val['val_loss']
     stop_unless_finite(loss, 'the validation loss')
-    is_best, run.best = loss < run.best, min(run.best, loss)
+    is_best, run.best = loss <= run.best, min(run.best, loss)
     write_log(iter=run.done, tokens=run.tokens, **run.val)
     standing = 'the best so far' if is_best else f'best {run.best:.4f}'
     say(f'iter {run.done}: {job.describe(run.val)} ({standing}){job.note}')
@@ -259,14 +244,13 @@ if device == 'cpu':
 job = find_task(s.task).Task(s)
 if job.data:
     s = s.replace(dataset=job.data['dataset'])
-if checkpoint and checkpoint.get('tokenizer') not in (None, job.tokenizer):
-    corpus = job.data.get('dataset', f'task {s.task}')
-    raise SystemExit(f"error: the checkpoint's vocabulary is not that of '{corpus}': prepare the "
-                     f'text it was trained on, or start from scratch')
-if s.init_from == 'resume' and checkpoint['data'].get('sha256') != job.data.get('sha256'):
-    raise SystemExit(f"error: data set '{s.dataset}' is not the text that the run in {out_dir} was "
-                     f'trained on')
+corpus = job.data.get('dataset', f'task {s.task}')
+require(not checkpoint or checkpoint.get('tokenizer') in (None, job.tokenizer),
+        f"the checkpoint's vocabulary is not that of '{corpus}': prepare the text it was trained "
+        f'on, or start from scratch')
 if s.init_from == 'resume':
+    require(checkpoint['data'].get('sha256') == job.data.get('sha256'),
+            f"'{corpus}' is not the text that the run in {out_dir} was trained on")
     job.data.update(checkpoint['data'])  # of a text in place of another: of which
 
 torch.manual_seed(s.seed)
@@ -280,15 +264,13 @@ else:
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in sizes_of(model).items()
               if key in s.given and key not in own and getattr(s, key) != value]
-    if model.config.vocab_size < job.sizes['vocab_size']:
-        raise SystemExit(f'error: the checkpoint knows {model.config.vocab_size} tokens, the data '
-                         f"has {job.sizes['vocab_size']}: prepare it with the checkpoint's "
-                         f'tokenizer')
+    known, needed = model.config.vocab_size, job.sizes['vocab_size']
+    require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
+                             f"it with the checkpoint's tokenizer")
 model.to(device)
 processes.same_weights(model)
-if (s.bptt_segments or s.recompute) and not carries(model):
-    raise SystemExit(f'error: model_type={s.model_type!r} has no segments: bptt_segments must be 0 '
-                     f'and recompute False')
+require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
+        f'no segments: bptt_segments must be 0 and recompute False')
 s = s.replace(**{key: value for key, value in sizes_of(model).items() if key in s.as_dict()})
 say('\n'.join([*notes, show(s)]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
@@ -313,7 +295,7 @@ if s.init_from == 'resume':
     for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
         set_random_state(state, device)
 made_by = {**provenance(device), 'processes': WORLD}
-from_writer(lambda: ckpt.open_run(out_dir, s.init_from != 'resume', keep_of_log))
+from_writer(lambda: ckpt.open_run(out_dir, keep_of_log))
 write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),
           **job.data, **made_by)
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "

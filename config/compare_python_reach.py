@@ -25,7 +25,6 @@ ablations = {
     'gradient cut every 8 segments': dict(bptt_segments=8),
     'gated carry': dict(carry='gated'),
     'carry dropped': dict(model_type='fold_dropped'),
-    'position embedding of the window': dict(model_type='fold_placed'),
     '192 channels': dict(n_embd=192),
 }
 # histories that leave the segment room in a window of 384, as in compare_python_long.py

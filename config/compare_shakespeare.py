@@ -22,9 +22,7 @@ full_window = 'GPT, window 96'
 ablations = {
     'fold, short': dict(),
     'gated carry': dict(carry='gated'),
-    'past half without causal mask': dict(model_type='fold_open'),
     'past half frozen': dict(model_type='fold_frozen'),
-    'position embedding of the window': dict(model_type='fold_placed'),
     '1 local, 3 global layers': dict(n_local=1, n_global=3),
     '2 local, 2 global layers': dict(n_local=2, n_global=2),
     '3 local, 1 global layer': dict(n_local=3, n_global=1),

@@ -1,4 +1,4 @@
-# Digits with names, held by a fold with a window of 12 tokens: python train.py config/fold_pairs.py,
+# Digits with names, held by a fold with segments of 12: python train.py config/fold_pairs.py,
 # then python probe.py --out_dir=out/fold_pairs.
 task = 'pairs'
 out_dir = 'out/fold_pairs'

@@ -1,5 +1,5 @@
 # The GPT beside config/fold_shakespeare.py: its window is the fold's segment; parameters, tokens,
-# seed and optimizer are the same; the text is drawn in stretches of 96 characters, cut into windows.
+# seed and optimizer are the same; text is drawn in stretches of 96 characters, cut into windows.
 out_dir = 'out/gpt_shakespeare'
 dataset = 'shakespeare'
 offline_dataset = 'python'  # as in config/fold_shakespeare.py

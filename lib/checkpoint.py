@@ -10,92 +10,30 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import sys
+import zipfile
 
 import torch
 
+from lib.console import write
 from lib.contract import make_model, model_args
+from lib.files import temporary_name, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None
-
 FILES = 'ckpt.pt', 'last.pt'
+KINDS = {'model': dict, 'model_args': dict, 'model_type': str, 'task': str, 'config': dict,
+         'data': dict, 'iter_num': int}  # of what a checkpoint holds
 TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data': dict, 'task': str,
              'task_state': dict}
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
-locks = {}  # path of a folder: an open file in it, whose lock ends with this process
-
-
-def own_folder(folder):
-    """Make a folder and keep it for this process while that lives; a killed one leaves no lock.
-
-    Raises SystemExit if it cannot be written, or if another process has it.
-    """
-    path = os.path.join(os.path.realpath(folder), '.lock')
-    if path in locks:
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(path, 'a+')
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {folder}: {error.strerror}; --out_dir=PATH goes '
-                         f'elsewhere') from None
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise SystemExit(f'error: process {lock.read().strip()} is at work in {folder}: wait for '
-                         f'it, or take another --out_dir') from None
-    lock.truncate(0)
-    lock.write(f'{os.getpid()}\n')
-    lock.flush()
-    locks[path] = lock
 
 
 def save(path, content, kept='the checkpoint before it is kept'):
-    """Write a dictionary atomically: the file at path is the old one, whole, or the new one, whole.
-
-    A link is written through. Raises SystemExit if that cannot be done.
-    """
-    target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target),
-                             f'.{os.path.basename(target)}.{os.getpid()}.tmp')
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(temporary, 'wb') as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-        raise SystemExit(f'error: cannot write {path}: {reason}; {kept}') from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def trim_log(path, keep):
-    """Leave the records of a log that are to be kept, by keep(record), and no line that a kill
-    tore; atomically."""
-    lines = []
-    if os.path.exists(path):
-        with open(path) as f:
-            lines = f.readlines()
-    temporary = f'{path}.{os.getpid()}.tmp'
-    with open(temporary, 'w') as f:
-        for line in lines:
-            try:
-                if keep(json.loads(line)):
-                    f.write(line.rstrip('\n') + '\n')
-            except (ValueError, TypeError, KeyError):  # torn, or no record
-                pass
-    os.replace(temporary, path)
+    """Write a dictionary atomically. Raises SystemExit if that cannot be done."""
+    write_file(path, lambda f: torch.save(content, f), kept)
 
 
 def find_file(path):
@@ -111,15 +49,21 @@ def find_file(path):
 def read_file(path, kind, device='cpu'):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        file = open(path, 'rb')
     except OSError as error:
-        raise SystemExit(f'error: cannot read {path}: {error.strerror or "not there"}') from None
-    except pickle.UnpicklingError:  # a damaged pickle says so otherwise
-        raise SystemExit(f'error: {path} is not a readable {kind}: it holds objects of another '
-                         f'program, or is no file of torch') from None
-    except Exception as error:  # a damaged file can fail anywhere inside torch.load
-        raise SystemExit(f'error: {path} is not a readable {kind}: it is damaged '
-                         f'({type(error).__name__})') from None
+        raise SystemExit(f'error: cannot read {path}: {error.strerror}') from None
+    with file:
+        reason = 'is damaged' if file.read(2) == b'PK' else 'is no file of torch'
+        try:
+            if zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile
+            file.seek(0)
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere
+            if isinstance(error, pickle.UnpicklingError):  # and this one is whole
+                reason = 'holds objects of another program'
+            raise SystemExit(f'error: {path} is not a readable {kind}: it {reason} '
+                             f'({type(error).__name__})') from None
     if not isinstance(content, dict):
         raise SystemExit(f'error: {path} is not a {kind}: it holds a {type(content).__name__}')
     return content
@@ -128,14 +72,13 @@ def read_file(path, kind, device='cpu'):
 def load(path, device='cpu'):
     """The dictionary in a checkpoint file, of this project or of nanoGPT. Raises SystemExit if it
     holds none."""
-    checkpoint = read_file(path, 'checkpoint', device)
-    weights, sizes = checkpoint.get('model'), checkpoint.get('model_args')
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise SystemExit(f'error: {path} is not a checkpoint: it has no weights under "model"')
-    if not isinstance(sizes, dict) or type(sizes.get('vocab_size')) is not int:
-        raise SystemExit(f'error: {path} is not a checkpoint: it has no sizes under "model_args"')
-    checkpoint.setdefault('model_type', 'gpt')
-    checkpoint.setdefault('task', 'text')
+    checkpoint = {'model': None, 'model_args': None, 'model_type': 'gpt', 'task': 'text',
+                  **read_file(path, 'checkpoint', device)}
+    wrong = [key for key, kind in KINDS.items()
+             if not isinstance(checkpoint.get(key, kind()), kind)]
+    if wrong or type(checkpoint['model_args'].get('vocab_size')) is not int:
+        raise SystemExit(f'error: {path} is not a checkpoint: its {[*wrong, "model_args"][0]!r} is '
+                         f'missing or damaged')
     return checkpoint
 
 
@@ -154,26 +97,29 @@ def load_to_resume(folder):
                              f'from it, or start with --init_from={best}') from None
         raise
     for key, kind in TO_RESUME.items():
-        if not isinstance(checkpoint.get(key), kind):
+        if not isinstance(checkpoint.get(key), kind) or key == 'config' and not checkpoint[key]:
             raise SystemExit(f'error: {path} cannot be resumed: {key!r} is missing, as if another '
                              f'program wrote it; --init_from={path} starts from its weights')
+    known = {key: checkpoint[key] for key in ('task', 'model_type')}
+    checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
 
 
 def load_weights(model, state_dict):
-    """Load weights of the same sizes; a longer position embedding is cut to the model's window.
+    """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
+    padded vocabulary to the model's own.
 
     Takes what nanoGPT saves, too: the prefixes of compiled and of parallel models, the causal masks
     of its oldest versions, a tied output matrix left out. Raises ValueError if they do not fit.
     """
-    weights = {name.removeprefix('module.').removeprefix('_orig_mod.'): value
+    weights = {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
                for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     own = model.state_dict()
     wpe, wte, head = 'transformer.wpe.weight', 'transformer.wte.weight', 'lm_head.weight'
-    if wpe in weights and wpe in own:
-        weights[wpe] = weights[wpe][:len(own[wpe])]
     if head in own and wte in weights:
         weights.setdefault(head, weights[wte])
+    for name in {wpe, wte, head} & weights.keys() & own.keys():
+        weights[name] = weights[name][:len(own[name])]
     for name in sorted(own.keys() ^ weights.keys()):
         side = 'has no' if name in own else 'has a'
         remedy = 'take as many layers and the same model_type'
@@ -185,6 +131,8 @@ def load_weights(model, state_dict):
             raise ValueError(f'{name} is {tuple(value.shape)} in the checkpoint and '
                              f'{tuple(own[name].shape)} here: take the same sizes, and no longer '
                              f'window or segment')
+        if not value.isfinite().all():
+            raise ValueError(f'{name} of the checkpoint is not finite: take an earlier one')
     model.load_state_dict(weights)
 
 
@@ -192,11 +140,14 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     """The model of a checkpoint, as the type and with the sizes asked for; by default just as it
     was saved. Raises SystemExit if they do not fit."""
     model_type = model_type or checkpoint['model_type']
-    model = make_model(model_type, {**checkpoint['model_args'], **sizes})
     try:
+        model = make_model(model_type, {**checkpoint['model_args'], **sizes})
         load_weights(model, checkpoint['model'])
     except ValueError as error:
         raise SystemExit(f'error: {error}') from None
+    except Exception as error:  # whatever a file can hold in place of sizes and weights
+        raise SystemExit(f'error: the checkpoint is damaged: its sizes or weights are none '
+                         f'({type(error).__name__})') from None
     return model.to(device)
 
 
@@ -212,11 +163,11 @@ def newest_run(task=None):
         try:
             other = load(path)['task']
         except SystemExit as error:
-            print(f'{folder} is left out: {str(error).removeprefix("error: ")}')
+            write(sys.stderr, f'{folder} is left out: {str(error).removeprefix("error: ")}\n')
             continue
         if task in (None, other):
             return os.path.dirname(path)
-        print(f'{folder} is left out: its task is {other!r}')
+        write(sys.stderr, f'{folder} is left out: its task is {other!r}\n')
     kind = f' on the task {task!r}' if task else ''
     raise SystemExit(f'error: no trained model{kind} under out/; {TRAIN_FIRST}')
 
@@ -233,54 +184,76 @@ def save_state(path, state, model, generator):
     """Write a streaming state and that of its random numbers, atomically. Raises SystemExit if it
     cannot be written, or if another kind of file is there."""
     refuse_to_replace(path)
-    content = {'model': fingerprint(model), 'state': vars(state), 'rng': generator.get_state()}
+    content = {'model': fingerprint(model), 'state': vars(state.clone()),  # not views of more
+               'rng': generator.get_state()}
     save(path, content, 'a state that was there is kept')
 
 
 def refuse_to_replace(path):
-    """Raise SystemExit if there is a file at path that is no streaming state."""
-    if os.path.lexists(path):
-        if not {'model', 'state', 'rng'} <= read_file(path, 'state').keys():
-            raise SystemExit(f'error: {path} is no state, and is not replaced: name another file')
+    """Raise SystemExit unless a state can be written to path, where no other kind of file is."""
+    try:
+        if os.path.exists(path):
+            read_state(path)
+        temporary = temporary_name(path)
+        open(temporary, 'wb').close()
+        os.remove(temporary)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'error: cannot write {path}: {getattr(error, "strerror", error)}: name '
+                         f'a file in a folder that is there, and can be written to') from None
+    except SystemExit as error:
+        raise SystemExit(f'{error}; it is not replaced: name another file') from None
 
 
-def load_state(path, model):
-    """What save_state wrote: the state, and that of the random numbers. Raises SystemExit if the
-    file is missing or damaged, or if another model wrote it."""
-    if not os.path.exists(path):
-        raise SystemExit(f'error: there is no state at {path}; --save_state={path} writes one')
+def read_state(path):
+    """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
+    if not os.path.isfile(path):
+        raise SystemExit(f'error: no state file at {path} (--save_state=PATH writes one)')
     content = read_file(path, 'state')
-    if content.get('model') != fingerprint(model):
+    if not {'model', 'state', 'rng'} <= content.keys():
+        raise SystemExit(f'error: {path} is no state')
+    return content
+
+
+def load_state(path, model, generator=None):
+    """The state that save_state wrote; its random numbers go on from there in a generator of the
+    same kind of device. Raises SystemExit if the file is missing or damaged, or if another model
+    wrote it."""
+    content = read_state(path)
+    if content['model'] != fingerprint(model):
         raise SystemExit(f'error: {path} is not a state of this model: name its run with --out_dir')
     try:
-        state, rng = Rows(**content['state']), content['rng']
-        fresh, device = new_state(model, len(state)), next(model.parameters()).device
-        for name, value in vars(fresh).items():
-            rowwise(match, value, getattr(state, name))
-            setattr(state, name, rowwise(lambda x: x.to(device), getattr(state, name)))
-        state.read = state.read.cpu()
-        if (state.read < 0).any() or rng.dtype != torch.uint8:
+        state = Rows(**content['state'])
+        for name, value in vars(new_state(model, len(state))).items():
+            found = getattr(state, name)
+            if rowwise(look, found) != rowwise(look, value):
+                raise ValueError
+            setattr(state, name, rowwise(lambda x, y: x.to(y.device), found, value))
+        unknown = rowwise(lambda x: x.min() < 0 or x.max() >= model.config.vocab_size, state.tokens)
+        if state.read.min() < 0 or unknown or content['rng'].dtype != torch.uint8:
             raise ValueError
+        if generator and content['rng'].shape == generator.get_state().shape:
+            generator.set_state(content['rng'])
     except Exception:  # whatever a file can hold in place of these tensors
         raise SystemExit(f"error: {path} is damaged: its tensors are not those of this model's "
                          f'state, or not finite') from None
-    return state, rng
+    return state
 
 
-def match(expected, value):
-    """Raise ValueError unless a tensor has the shape and kind of another, and finite values."""
-    if (value.shape, value.dtype) != (expected.shape, expected.dtype) or not value.isfinite().all():
-        raise ValueError
+def look(x):
+    """What a tensor of a state has in common with that of any other state of its model."""
+    return x.shape, x.dtype, bool(x.isfinite().all())
 
 
-def open_run(folder, anew, keep):
-    """Make a run's folder ready: without the files of another run if it starts anew, its log as
-    trim_log leaves it. Raises SystemExit if the folder cannot be written."""
-    try:
-        for name in (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png'):
-            if anew and os.path.exists(os.path.join(folder, name)):
-                os.remove(os.path.join(folder, name))
-        trim_log(os.path.join(folder, 'log.jsonl'), keep)
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {error.filename or folder}: {error.strerror}; '
-                         f'--out_dir=... goes elsewhere') from None
+def open_run(folder, keep):
+    """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
+    says so; if none does, its other files go. Raises SystemExit if that cannot be done."""
+    path, lines = os.path.join(folder, 'log.jsonl'), []
+    if os.path.exists(path):
+        with open(path, 'rb') as f:
+            lines = [line for line in f if line.endswith(b'}\n')]  # a kill may have torn the last
+    lines = [line for line in lines if keep(json.loads(line))]
+    gone = () if lines else (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
+    for name in os.listdir(folder):
+        if name in gone or name.endswith('.tmp'):  # left by a process that was killed
+            os.remove(os.path.join(folder, name))
+    write_file(path, lambda f: f.writelines(lines))

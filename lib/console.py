@@ -24,6 +24,14 @@ def write(stream, text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             signal.raise_signal(signal.SIGTERM)
+        elif stream is not sys.stderr:
+            write(sys.stderr, f'what is printed is lost from here on: {error.strerror}\n')
+
+
+def require(fine, problem):
+    """Raise SystemExit, with the problem in one line, unless it is fine."""
+    if not fine:
+        raise SystemExit(f'error: {problem}')
 
 
 def duration(seconds):

@@ -51,6 +51,17 @@ def set_threads(threads):
         torch.set_num_threads(threads)
 
 
+def set_up(device, threads, products='auto'):
+    """Take a device and so many CPU threads, and on a CPU what computes fastest there. Returns the
+    device. Raises SystemExit for what is not there."""
+    set_threads(threads)
+    device = pick_device(device)
+    if device == 'cpu':
+        keep_freed_memory()
+        choose_products(products)
+    return device
+
+
 def keep_freed_memory():
     """Have the C library keep what is freed for the next update, where it is glibc: on a CPU the
     page faults of giving it back and taking it anew are 5 to 10 % of an update's time."""

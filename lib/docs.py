@@ -17,11 +17,12 @@ Where a field is missing, what follows || is taken, or nothing. `lines`: any tex
 `picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log = no, log_y = yes.
 """
 import functools
-import glob
 import os
 import re
 import statistics
+from glob import glob
 
+from lib.console import require
 from lib.pictures import curves, digest
 from lib.records import ROOT, load_record, metric
 
@@ -32,29 +33,23 @@ FIELD = re.compile(r'{(?:([^{}|:]+[.]json):)?([^{}|]+)(?:[|]([^{}]*))?}')
 
 def find(value, path):
     """What lies at a path in a record; of a metric or a point, its value; None if nothing does."""
-    for key in path.split('/'):
+    for key in filter(None, path.split('/')):
         if isinstance(value, list):
-            value = next((part for part in value if part['settings'].get('name') == key), None)
+            value = {part['settings'].get('name'): part for part in value[::-1]}
         elif isinstance(value, dict) and 'points' in value:
-            value = next((point for point in value['points'] if str(point['x']) == key), None)
-        else:
-            value = value.get(key) if isinstance(value, dict) else None
+            value = {str(point['x']): point for point in value['points']}
+        value = value.get(key) if isinstance(value, dict) else None
     return value.get('value', value) if isinstance(value, dict) else value
 
 
 def records(names):
     """The records that a block names, in order. Raises SystemExit if a name finds none."""
     found = []
-    for name in names.split(';'):
-        file, _, path = name.strip().partition('.json')
-        files = sorted(glob.glob(f'{file}.json', root_dir=RESULTS))
-        if not files:
-            raise SystemExit(f'error: there is no results/{file}.json')
-        for record in (load_record(os.path.join(RESULTS, name)) for name in files):
-            some = find(record, path.strip('/')) if path else record
-            if some is None:
-                raise SystemExit(f'error: results/{file}.json has no {path}')
-            found += some if isinstance(some, list) else [some]
+    for file, path in (name.strip().split('.json') for name in names.split(';')):
+        files = sorted(glob(f'{file}.json', root_dir=RESULTS))
+        some = [find(load_record(os.path.join(RESULTS, name)), path) for name in files]
+        require(some and None not in some, f'results/{file}.json has no record {path}')
+        found += sum(some, []) if path == '/parts' else some
     return found
 
 
@@ -72,17 +67,11 @@ def merged(group):
 
 def fill(template, record):
     """The first alternative of a template whose fields are all there; '' if there is none."""
-    def field(match):
-        file, path, form = match.groups()
-        value = find(load_record(os.path.join(RESULTS, file)) if file else record, path)
-        if value is None:
-            raise LookupError
-        return format(value, form or '')
-    for alternative in template.split('||'):
-        try:
-            return FIELD.sub(field, alternative).strip()
-        except LookupError:
-            pass
+    for text in template.split('||'):
+        values = [find(load_record(os.path.join(RESULTS, file)) if file else record, path)
+                  for file, path, _ in FIELD.findall(text)]
+        if not any(value is None for value in values):
+            return FIELD.sub(lambda match: format(values.pop(0), match[3] or ''), text).strip()
     return ''
 
 
@@ -96,12 +85,10 @@ def table(names, given):
     for i, record in enumerate(records(names)):
         if fill(left, record) == right.strip():
             groups.setdefault(fill(group, record) if group else i, []).append(record)
-    found = [merged(some) for some in groups.values()]
     rows = [[fill(template.replace('#', value.strip()), record) for template in columns.values()]
-            for value in each.split(';') for record in found]
+            for value in each.split(';') for record in map(merged, groups.values())]
     for title, *cells in zip(columns, *rows):
-        if not any(cells):
-            raise SystemExit(f'error: {names}: no record has anything for {title!r}')
+        require(any(cells), f'{names}: no record has anything for {title!r}')
     lines = [[*columns], ['---'] * len(columns), *rows]
     return ''.join('| ' + ' | '.join(cells) + ' |\n' for cells in lines)
 
@@ -110,10 +97,9 @@ def make(page, pictures, match):
     """A block with its content made anew; what its picture shows is added to `pictures`."""
     marker, kind, head, body, end = match.groups()
     if kind == 'lines':
-        lines = {line: fill(line, {}) for line in body.splitlines()}
-        if '' in lines.values():
-            raise SystemExit(f'error: {page}: a field is missing in {lines}')
-        return marker + '\n'.join([*lines.values(), end])
+        lines = [fill(line, {}) for line in body.splitlines()]
+        require(all(lines), f'{page}: a field is missing in {body}')
+        return marker + '\n'.join([*lines, end])
     given = dict(re.split(r'\s+=\s+', line.strip(), maxsplit=1) for line in body.splitlines())
     if kind == 'table':
         return marker + table(head.strip(), given) + end
@@ -126,20 +112,20 @@ def make(page, pictures, match):
     return marker + f'![{given["title"]}]({path})\n' + end
 
 
+def read(path):
+    with open(path, 'rb') as f:
+        return f.read()
+
+
 def stale():
     """What is not as results/ has it: ({page: its text}, {path of a picture: what it shows})."""
     texts, pictures = {}, {}
-    for page in [os.path.join(ROOT, 'README.md'), *glob.glob(os.path.join(ROOT, 'docs', '*.md'))]:
-        with open(page, encoding='utf-8') as f:
-            old = f.read()
+    for page in [os.path.join(ROOT, 'README.md'), *glob(os.path.join(ROOT, 'docs', '*.md'))]:
+        old = read(page).decode()
         new = BLOCK.sub(functools.partial(make, page, pictures), old)
         texts.update({page: new} if new != old else {})
-    for path, shown in list(pictures.items()):
-        if os.path.exists(path):
-            with open(path, 'rb') as f:
-                if digest(*shown).encode() in f.read():
-                    del pictures[path]
-    return texts, pictures
+    return texts, {path: shown for path, shown in pictures.items()
+                   if not os.path.exists(path) or digest(*shown).encode() not in read(path)}
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from configurator import numbers
-from lib.console import Progress, say
+from lib.console import Progress, require, say
 from lib.contract import unit
 from lib.records import ROOT, metric
 from lib.scoring import last_losses, mean_and_error, token_losses
@@ -17,22 +17,19 @@ WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token i
 
 
 def probe_text(model, saved, p, device):
-    """Print the loss of a text, its context curve, swaps and remote co-occurrence; return the parts
-    of a record. saved: the checkpoint; p: settings of probe.py. Raises SystemExit, before any work,
-    if they do not suit the text."""
+    """Print the loss of a text, its context curve and remote co-occurrence; return the parts of a
+    record. saved: the checkpoint; p: settings of probe.py, refused before any work."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
     tokens, found = read_text(saved, p)
-    lengths, swaps, starts, borders = chosen = plan(len(tokens), size, p)
+    lengths, starts, borders = chosen = plan(len(tokens), size, p)
     progress = Progress('loss of the text', len(tokens))
     losses = token_losses(model, tokens.to(device), progress.at)
     progress.close()
     mean, error = mean_and_error(losses)
-    if mean != mean:
-        raise SystemExit('error: the loss is not a number: the weights are damaged, train anew')
+    require(mean < float('inf'), f'the loss is {mean}: the weights are damaged: train anew')
     spread = '' if error is None else f' +- {error:.4f}'
     say(f'loss {mean:.4f}{spread} nats per token, over all of {len(losses):,} tokens')
-    total = len(starts) * (sum(lengths) + len(swaps) * lengths[-1]) + 2 * p.words * sum(borders[1:])
-    progress = Progress('loss by history', total)
+    progress = Progress('loss by history', len(starts) * sum(lengths) + 2 * p.words * sum(borders))
 
     def score(rows, n):
         nats = last_losses(model, rows.to(device), n)
@@ -44,8 +41,8 @@ def probe_text(model, saved, p, device):
         say(f"\n{name}, {curve['y']} by {curve['x']}")
         for point in curve['points']:
             say('{x:>8}{value:>10.4f}  [{low:.4f}, {high:.4f}]'.format(**point))
-    worth = curves['worth of longer history']['points']
-    used = [point for point in worth if point['value'] >= USEFUL]
+    used = [point for point in curves['worth of longer history']['points']
+            if point['value'] >= USEFUL]
     kept = used[-1] if used else {'x': None, 'value': None}
     text = '{x}; longer history is worth {value:.4f} [{low:.4f}, {high:.4f}]' if used else 'none'
     say('\npreserved context: ' + text.format(**kept))
@@ -57,8 +54,8 @@ def probe_text(model, saved, p, device):
 
 def read_text(saved, p):
     """The text to score, (N,) int64, and its recurrences. Raises SystemExit if it is not there."""
-    if not saved.get('data') or not saved.get('tokenizer'):
-        raise SystemExit('error: the checkpoint does not name its data set: probe runs of train.py')
+    require(saved.get('data') and saved.get('tokenizer'),
+            'the checkpoint does not name its data set: probe runs of train.py')
     tokenizer, dataset = Tokenizer(saved['tokenizer']), saved['data']['dataset']
     if p.file:
         try:
@@ -69,9 +66,9 @@ def read_text(saved, p):
     else:
         folder = os.path.join(ROOT, p.data_dir, dataset)
         meta = load_meta(folder)
-        if [meta['sha256'], meta['tokenizer']] != [saved['data']['sha256'], saved['tokenizer']]:
-            raise SystemExit(f'error: {folder} is not what the model was trained on (another text '
-                             'or tokenizer): prepare that again')
+        known = {'sha256': saved['data']['sha256'], 'tokenizer': saved['tokenizer']}
+        require(known == {key: meta[key] for key in known},
+                f'{folder} has another text or tokenizer than the model: prepare that again')
         ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
     tokens = torch.from_numpy(ids.astype(np.int64))
     auto = 'identifier' if dataset == 'python' else 'word'
@@ -79,45 +76,34 @@ def read_text(saved, p):
 
 
 def plan(N, size, p):
-    """Histories in whole segments, those also swapped, the starts of the target segments, evenly
-    spread over a text of N tokens, and the bins. Raises SystemExit if the text is too short."""
+    """Histories in whole segments, the starts of the target segments, evenly spread over a text of
+    N tokens, and the borders of the bins. Raises SystemExit if the text is too short."""
     lengths = sorted({-(-c // size) * size for c in numbers('histories', p.histories)})
-    swaps = [c for c in numbers('swaps', p.swaps) if c in lengths[:-1]] if p.swaps else []
-    longest = lengths[-1]
-    if N < (10 * longest if swaps else longest + 2 * size + 1):  # swaps: room for text elsewhere
-        raise SystemExit(f'error: the text has {N} tokens, too few for a history of {longest}: '
-                         'shorten histories; --swaps= needs less')
-    starts = torch.arange(longest, N - size, size)
+    require(N > lengths[-1] + 2 * size, f'the text has {N} tokens, too few for a history of '
+                                        f'{lengths[-1]}: shorten histories')
+    starts = torch.arange(lengths[-1], N - size, size)
     some = torch.linspace(0, len(starts) - 1, min(p.targets, len(starts))).long()
-    return lengths, swaps, starts[some], numbers('bins', p.bins)
+    return lengths, starts[some], numbers('bins', p.bins)
 
 
 def measure(score, tokens, size, chosen, found, p):
     """Curves of a record. score: a model's last_losses, chosen: plan's, found: recurrences'."""
-    (lengths, swaps, starts, borders), N, longest = chosen, len(tokens), chosen[0][-1]
+    lengths, starts, borders = chosen
+    losses = {c: score(tokens[starts[:, None] + torch.arange(-c, size + 1)], size)
+              for c in lengths}  # (M, size) each: of the same tokens
+    worth = {c: losses[c] - losses[lengths[-1]] for c in lengths[:-1]}
+    words = co_occurrence(score, tokens, found, borders, size, p.words)
     generator = torch.Generator().manual_seed(p.seed)
-    far = (starts + N // 2) % (N - longest)  # from there comes what older text is swapped for
-    other = tokens[far[:, None] + torch.arange(longest)]
-    losses = context_curve(score, tokens, starts, lengths, size, other[:, :0])
-    swapped = context_curve(score, tokens, starts, swaps, size, other)
-    full, words = losses[longest], co_occurrence(score, tokens, found, borders, size, p.words)
+
+    def curve(x, y, values):
+        points = [{'x': key, **bootstrap(nats, p.stretches, p.resamples, generator)}
+                  for key, nats in values.items() if len(nats) > 1]
+        return {'x': x, 'y': y, 'points': points}
     history = 'tokens of history before the segment', 'nats per token'
-    back = 'tokens back to the last occurrence', 'nats per word, with it minus without'
-    return {name: {'x': x, 'y': y, 'points': [
-        {'x': key, **bootstrap(nats, p.stretches, p.resamples, generator)}
-        for key, nats in values.items() if len(nats) > 1]} for name, (x, y), values in (
-            ('context curve', history, losses),
-            ('worth of longer history', history, {c: losses[c] - full for c in lengths[:-1]}),
-            ('swapped', history, {c: swapped[c] - full for c in swaps}),
-            ('remote co-occurrence', back, words))}
-
-
-def context_curve(score, tokens, starts, lengths, size, other):
-    """{c: (M, size) nats}: the loss of the tokens after each start under every history c. Older
-    text is left out, or there is `other` (M, longest) in its place."""
-    return {c: score(torch.cat((other[:, :max(0, other.size(1) - c)],
-                                tokens[starts[:, None] + torch.arange(-c, size + 1)]), dim=1), size)
-            for c in lengths}
+    return {'context curve': curve(*history, losses),
+            'worth of longer history': curve(*history, worth),
+            'remote co-occurrence': curve('tokens back to the last occurrence',
+                                          'nats per word, with it minus without', words)}
 
 
 def bootstrap(values, stretches, resamples, generator):

@@ -11,35 +11,30 @@ def digest(*content):
 
 
 def ticks(xs, scale):
-    """Of the measured x's those that can be labeled side by side: at most some 25.
-
-    scale: where the axis goes over from linear to logarithmic; None if it is linear.
-    """
-    place = [math.asinh(x / scale) if scale else x for x in xs]
-    least, kept = (place[-1] - place[0]) / 25, [0]
-    for i in range(1, len(xs)):
-        if place[i] - place[kept[-1]] >= least:
-            kept.append(i)
-    return [xs[i] for i in kept]
+    """Of the measured x's, rising, those that can be labeled side by side: at most some 25."""
+    place = {x: math.asinh(x / scale) if scale else x for x in xs}
+    kept = xs[:1]
+    for x in xs[1:]:
+        if place[x] - place[kept[-1]] >= (place[xs[-1]] - place[xs[0]]) / 25:
+            kept.append(x)
+    return kept
 
 
 def curves(path, title, drawn, log=True, log_y=False):
     """Draw curves of records, {label: curve}, with error bars where points have low and high.
 
-    title names the data. log: the x axis is logarithmic, but linear up to the first x above 0, so
-    that 0 has a place; log_y: the y axis is. Raises SystemExit if path cannot be written.
+    log: the x axis is logarithmic, but linear up to the first x above 0, so that 0 has a place;
+    log_y: the y axis is. Raises SystemExit if path cannot be written.
     """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(8, 4.5))
-    measured = set()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout='tight')
+    ax, measured = figure.subplots(), set()
     for label, curve in drawn.items():
         points = [point for point in curve['points'] if point['value'] is not None]
         x, y = ([point[key] for point in points] for key in ('x', 'value'))
-        low, high = ([abs(point.get(key, point['value']) - point['value']) for point in points]
-                     for key in ('low', 'high'))
-        ax.errorbar(x, y, (low, high), fmt='o-', ms=3, lw=1.2, elinewidth=0.8, label=label)
+        errors = [[abs(point.get(key, point['value']) - point['value']) for point in points]
+                  for key in ('low', 'high')]
+        ax.errorbar(x, y, errors, fmt='o-', ms=3, lw=1.2, elinewidth=0.8, label=label)
         measured.update(x)
         ax.set(xlabel=curve['x'], ylabel=curve['y'])
     scale = min((x for x in measured if x > 0), default=1) if log else None
@@ -47,18 +42,15 @@ def curves(path, title, drawn, log=True, log_y=False):
         ax.set_xscale('symlog', linthresh=scale, linscale=0.4)
     if log_y:
         ax.set_yscale('log')
-    if 1 < len(measured) < 40:  # else there is a point almost everywhere
+    if len(measured) < 40:  # else there is a point almost everywhere
         shown = ticks(sorted(measured), scale)
         ax.set_xticks(shown, [f'{x:,}' for x in shown], rotation=45, fontsize=8)
         ax.set_xticks([], minor=True)
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    figure.tight_layout()
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         figure.savefig(path, dpi=110, metadata={'Source': digest(title, drawn, log, log_y)})
     except OSError as error:
         raise SystemExit(f'error: cannot write {path}: {error}') from None
-    finally:
-        plt.close(figure)

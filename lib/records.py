@@ -10,6 +10,8 @@ import sys
 import torch
 
 import model
+from lib.console import require
+from lib.device import cpu_info
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {'what': str, 'command': str, 'commit': str, 'date': str, 'hardware': str, 'seeds': list,
@@ -29,17 +31,16 @@ def hardware(device):
     """The name of the GPU, or of the processor with its number of cores."""
     if str(device).startswith('cuda'):
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as f:
-            name = next((line.split(': ')[1] for line in f if line.startswith('model name')), name)
+    found = re.search('model name.*: (.*)', cpu_info())
+    name = found[1] if found else platform.processor() or platform.machine()
     return f'{name.strip()}, {os.cpu_count()} cores'
 
 
 def git(words):
-    """What git says of this repository; '' where there is no git."""
-    ask = dict(shell=True, cwd=ROOT, capture_output=True, text=True)
-    return subprocess.run(f'git {words}', **ask).stdout.strip()
+    """What git says of the repository whose top level is ROOT; '' where there is none."""
+    above = os.path.dirname(os.path.realpath(ROOT))  # where no repository is looked for
+    return subprocess.run(f'git {words}', shell=True, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
 
 
 def provenance(device='cpu'):
@@ -69,33 +70,31 @@ def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=Non
     return record if parts is None else {**record, 'parts': list(parts)}
 
 
-def check(record):
-    """Raise ValueError, with one line, if this has not the shape of a record."""
-    record = record if isinstance(record, dict) else {}
-    wrong = [key for key, kind in SHAPE.items() if not isinstance(record.get(key), kind)]
-    if not wrong:
-        wrong += [k for k, m in record['metrics'].items() if not {'value', 'error', 'n'} <= set(m)]
-        wrong += [k for k, c in record['curves'].items() if set(c) != {'x', 'y', 'points'}
-                  or not all({'x', 'value'} <= set(point) for point in c['points'])]
-    if wrong:
-        raise ValueError(f'{wrong[0]!r} is missing or not as lib/records.py has it')
-    for part in record.get('parts', []):
-        check(part)
+def is_record(value):
+    """Whether this has the shape of a record, and its parts as well."""
+    try:
+        return (all(isinstance(value[key], kind) for key, kind in SHAPE.items())
+                and all({'value', 'error', 'n'} <= m.keys() for m in value['metrics'].values())
+                and all({'x', 'value'} <= point.keys() and c.keys() == {'x', 'y', 'points'}
+                        for c in value['curves'].values() for point in c['points'])
+                and all(map(is_record, value.get('parts', []))))
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
+    require(is_record(record), f'{path} would be no record as lib/records.py has it')
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        check(record)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, 'w', encoding='utf-8') as f:
             f.write(text)
         os.replace(temporary, path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SystemExit(f'error: cannot write {path}: {error}') from None
 
 
@@ -104,9 +103,9 @@ def load_record(path):
     try:
         with open(path, encoding='utf-8') as f:
             record = json.load(f)
-        check(record)
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {path} is no record: {error}') from None
+        raise SystemExit(f'error: cannot read {path}: {error}') from None
+    require(is_record(record), f'{path} is no record as lib/records.py has it')
     return record
 
 

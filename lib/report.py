@@ -33,11 +33,8 @@ INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 
 
 def make(c, runs, s):
-    """The record of a comparison.
-
-    c: what its file says; runs: compare.Run, of which one that is not complete leaves a note;
-    s: the settings of compare.py.
-    """
+    """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
+    complete leaves a note; s: the settings of compare.py."""
     done, device = [run for run in runs if run.complete()], pick_device(s.device)
     parts, models = zip(*map(part, done))
     for record, model, speed in zip(parts, models, generation_speeds(models, device)):
@@ -171,7 +168,7 @@ def write(record, folder):
     sections = [
         '# Side by side', f"{made_by}; {record['settings']['jobs']} runs at a time. Losses are in "
         f'nats per token, ± the standard deviation over the seeds.',
-        *(f'Left out: {note}.' for note in record['notes']), main_table(record),
+        f"Left out: {'; '.join(record['notes']) or 'none'}.", main_table(record),
         difference_table(record), 'Ahead or behind: by more than three standard errors over the '
         'seeds. Speeds are medians. FLOPs: of matrix products, forward and backward.',
         '![](loss.png)', '## Loss by the tokens of history before a segment',

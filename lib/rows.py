@@ -37,7 +37,8 @@ class Rows(SimpleNamespace):
         rows = rows.cpu() if torch.is_tensor(rows) else rows
 
         def replace(mine, new):
-            mine[rows] = new.to(mine.dtype)
+            with torch.inference_mode(mine.is_inference()):  # as a state is that has been read into
+                mine[rows] = new.to(mine.dtype)
         for name, value in vars(other).items():
             if value is not None:
                 if getattr(self, name) is None:

@@ -13,8 +13,6 @@ BLOCKS = 100       # contiguous stretches of tokens behind a standard error
 def token_losses(model, tokens, at=lambda done: None):
     """The loss of every token of a text but the first, given the text before it.
 
-    A model with a carry reads contiguous streams. The windows of any other advance by half their
-    width and score their second half (the first window all of itself): no token starts cold.
     tokens (N,) int64 on the model's device, N >= 2; at(done) is told how many have been read.
     Returns (N - 1,) float32 nats of tokens[1:], on the CPU. The model's mode is left as it was.
     """
@@ -40,7 +38,8 @@ def stream_losses(model, tokens, at):
 
 
 def window_losses(model, tokens, at):
-    """token_losses of a model without a carry: windows of W tokens with a stride of half that."""
+    """token_losses of a model without a carry: windows of W tokens with a stride of half that, of
+    which the first scores all its tokens, the others their second half: no token starts cold."""
     n, W = len(tokens) - 1, model.config.block_size
     stride, rows = max(1, W // 2), max(1, tokens_per_call(model) // W)
     windows = F.pad(tokens, (0, max(W - n, (W - n) % stride))).unfold(0, W + 1, stride)
@@ -63,12 +62,12 @@ def last_losses(model, rows, n):
     if len(rows) > size:
         return torch.cat([last_losses(model, some, n) for some in rows.split(size)])
     if T > W and not keeps:
-        early = n - (T - W)  # targets that the row's first window holds
-        if early > 0:
-            parts = (rows[:, :W + 1], early), (rows, n - early)
-            return torch.cat([last_losses(model, *part) for part in parts], dim=1)
-        windows = rows[:, T - n - W + 1:].unfold(1, W + 1, 1)  # (M, n, W + 1): one for each target
-        return last_losses(model, windows.reshape(-1, W + 1), 1).view(len(rows), n)
+        late = min(n, T - W)  # targets beyond the row's first window: a window for each
+        windows = rows[:, T - late - W + 1:].unfold(1, W + 1, 1).reshape(-1, W + 1)
+        found = [last_losses(model, windows, 1).view(len(rows), late)]
+        if n > late:
+            found.insert(0, last_losses(model, rows[:, :W + 1], n - late))
+        return torch.cat(found, dim=1)
     start = (T - n) // unit(model) * unit(model) if keeps else 0  # before it, no costly logits
     carry = model(rows[:, :start])[2] if start else None
     logits = model(rows[:, start:-1], None if n == 1 else rows[:, start + 1:], carry)[0]

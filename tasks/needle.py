@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import at_least, numbers
-from lib.console import Progress, say
+from configurator import at_least, numbers, one_of
+from lib.console import Progress, require, say
 from lib.contract import carries, unit
 from lib.gradients import to_device
 from lib.memory import MemoryTask, RandomSequences, missed
@@ -117,14 +117,11 @@ def make_sequences(s, split, seed):
 def check(s):
     """Refuse settings that would fail later."""
     at_least(s, symbols=1, key_length=1, longest=1, first=1, probe_distance=0)
-    if s.filler not in ('symbols', 'text'):
-        raise SystemExit(f"error: filler must be 'symbols' or 'text', not {s.filler!r}")
-    if s.key_length + 1 > s.segment_size:
-        raise SystemExit(f'error: key_length={s.key_length}: a key and its question must fit into '
-                         f'two segments of {s.segment_size}')
-    if s.first > s.longest:
-        raise SystemExit(f'error: first={s.first} is more than the curriculum grows to: longest '
-                         f'is {s.longest}')
+    one_of(s, filler=('symbols', 'text'))
+    require(s.key_length < s.segment_size, f'key_length={s.key_length}: a key and its question '
+            f'must fit into two segments of {s.segment_size}')
+    require(s.first <= s.longest, f'first={s.first} is more than the curriculum grows to, '
+                                  f'longest={s.longest}')
 
 
 class Task(MemoryTask):
@@ -140,12 +137,10 @@ class Task(MemoryTask):
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
         self.carries, W, two = carries(model), model.config.block_size, 2 * self.l
-        if self.carries and self.l % unit(model):
-            raise SystemExit(f'error: segment_size={self.l} must be a multiple of the '
-                             f"model's recurrence step of {unit(model)} tokens")
-        if not self.carries and W % two and two % W:
-            raise SystemExit(f'error: block_size={W} must divide two segments, {two} tokens, or '
-                             f'be a multiple of them')
+        require(self.l % unit(model) == 0, f'segment_size={self.l} must be a multiple of the '
+                f"model's recurrence step of {unit(model)} tokens")
+        require(self.carries or W % two == 0 or two % W == 0,
+                f'block_size={W} must divide two segments, {two} tokens, or be a multiple of them')
         self.window = max(two, W)  # that a model without a carry sees
 
     def read_and_ask(self, x, y, carry):

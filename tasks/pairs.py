@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import at_least
-from lib.console import Progress, say
+from configurator import at_least, one_of
+from lib.console import Progress, require, say
 from lib.contract import carries
 from lib.gradients import to_device
 from lib.memory import MemoryTask, RandomSequences, missed
@@ -118,17 +118,13 @@ def check(s):
     """Refuse settings that would fail later."""
     at_least(s, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, segments=1,
              questions=1)
-    if s.places not in ('turn', 'any'):
-        raise SystemExit(f"error: places must be 'turn' or 'any', not {s.places!r}")
-    if max(s.pairs, s.together) > s.names:
-        raise SystemExit(f'error: pairs={s.pairs} and together={s.together} need as many names, '
-                         f'not {s.names}')
-    if s.together > s.segment_size // 3:
-        raise SystemExit(f'error: together={s.together} pairs of three tokens do not fit into a '
-                         f'segment of {s.segment_size}')
-    if s.fresh > s.batch_size or s.fresh % WORLD:
-        raise SystemExit(f'error: fresh={s.fresh} must be at most batch_size={s.batch_size}, and '
-                         f'both be shared equally by {WORLD} processes')
+    one_of(s, places=('turn', 'any'))
+    require(max(s.pairs, s.together) <= s.names, f'pairs={s.pairs} and together={s.together} need '
+            f'as many names, not {s.names}')
+    require(s.together <= s.segment_size // 3, f'together={s.together} pairs of three tokens do '
+            f'not fit into a segment of {s.segment_size}')
+    require(s.fresh <= s.batch_size and s.fresh % WORLD == 0, f'fresh={s.fresh} must be at most '
+            f'batch_size={s.batch_size}, and shared equally by {WORLD} processes')
 
 
 class Task(MemoryTask):
@@ -143,9 +139,7 @@ class Task(MemoryTask):
 
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
-        if not carries(model):
-            raise SystemExit("error: the task 'pairs' takes a model with a carry, such as "
-                             '--model_type=fold')
+        require(carries(model), "the task 'pairs' takes a model with a carry: --model_type=fold")
         if self.s.matched and self.s.init_from == 'scratch':
             match_names(model, self.s.place_scale)
         if self.s.init_from not in ('scratch', 'resume'):
@@ -202,8 +196,7 @@ def match_names(model, place_scale):
     values and outputs near the identity, tokens larger than places (mimetic initialization,
     Trockman and Kolter 2023). From GPT-2's usual start, finding a pair by its name does not set in.
     Raises SystemExit if the model has not a GPT's parts."""
-    if not hasattr(model, 'transformer'):
-        raise SystemExit("error: matched=True is for models with a GPT's parts: --matched=False")
+    require(hasattr(model, 'transformer'), "matched=True takes a GPT's parts: --matched=False")
     C = model.config.n_embd
     with torch.no_grad():
         model.transformer.wte.weight *= 8
@@ -239,8 +232,7 @@ def probe(model, saved, p, device):
     """Capacity, recall against the number of pairs: the settings most, sequences and wait of p."""
     s = SimpleNamespace(**saved['config'])
     at_least(p, most=1, sequences=1, wait=0)
-    if p.most > s.names:
-        raise SystemExit(f'error: most={p.most} pairs need as many names, the run has {s.names}')
+    require(p.most <= s.names, f'most={p.most} pairs need as many names, the run has {s.names}')
     progress, points, notes = Progress('recall', p.most, 'numbers of pairs'), [], []
     for n in range(1, p.most + 1):
         in_order = recall_of(model, s, n, p.sequences, p.wait, device)

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from configurator import at_least
+from lib.console import require
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_writer, mean, my_share, sum_over
@@ -25,18 +26,12 @@ def check(s):
     """Refuse settings that would fail later, or worse, not fail at all."""
     at_least(s, stretch=0, eval_tokens=0)
     B, T, span = s.batch_size, s.block_size, s.stretch or s.block_size
-    if s.eval_tokens == 1:
-        raise SystemExit('error: eval_tokens=1 leaves no token to predict: take 2 or more, or 0 '
-                         'for all')
-    if s.stretch % T or B * T % span:
-        raise SystemExit(f'error: stretch={s.stretch} must be a multiple of block_size={T} and '
-                         f'divide batch_size * block_size = {B * T}')
-    if s.stretch and s.stream:
-        raise SystemExit('error: stream=True reads the corpus in order and draws no stretch: '
-                         'set stretch=0')
-    if B * T // span % WORLD:
-        raise SystemExit(f'error: {WORLD} processes cannot share batch_size={B} sequences equally, '
-                         f'in stretches of {span} tokens')
+    require(s.eval_tokens != 1, 'eval_tokens=1 leaves no token to predict: take 2 or more, or 0')
+    require(s.stretch % T == B * T % span == 0, f'stretch={s.stretch} must be a multiple of '
+            f'block_size={T} and divide batch_size * block_size = {B * T}')
+    require(not (s.stretch and s.stream), 'stream=True reads the corpus in order: set stretch=0')
+    require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} sequences '
+            f'equally, in stretches of {span} tokens')
 
 
 def find_data(s):
@@ -102,10 +97,10 @@ class Task:
                                      for part in ('train', 'val'))
         val_data = val_data[:s.eval_tokens or None]
         longest = max(s.block_size, s.stretch)
-        if len(self.train_data) <= longest or len(val_data) < 2:
-            raise SystemExit(f"error: data set '{name}' is too short ({len(self.train_data)} "
-                             f'training and {len(val_data)} validation tokens) for sequences of '
-                             f'{longest}: lower block_size or take a longer text')
+        require(len(self.train_data) > longest and len(val_data) > 1,
+                f"data set '{name}' is too short ({len(self.train_data)} training and "
+                f'{len(val_data)} validation tokens) for sequences of {longest}: lower block_size '
+                f'or take a longer text')
         self.val_data = torch.from_numpy(val_data.astype(np.int64))
         self.generator = torch.Generator().manual_seed(s.seed)
         rows = torch.arange(s.batch_size * s.gradient_accumulation_steps)  # of an update
@@ -187,9 +182,8 @@ class Task:
         self.generator.set_state(state['generator'])
         if self.streams and state['streams']:
             rows = Rows(**state['streams'])
-            if len(rows) != len(self.streams.rows):
-                raise SystemExit(f"error: the checkpoint's streams are {len(rows)} rows, "
-                                 f'batch_size * gradient_accumulation_steps is '
-                                 f'{len(self.streams.rows)}: stream=False goes on without them')
+            require(len(rows) == len(self.streams.rows), f"the checkpoint's streams are "
+                    f'{len(rows)} rows, batch_size * gradient_accumulation_steps is '
+                    f'{len(self.streams.rows)}: stream=False goes on without them')
             rows.carry = rowwise(lambda c: c.to(device), rows.carry)
             self.streams.rows = rows

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
+from conftest import ROOT
+from test_train import assert_same_runs
+
+from prepare import prepare
+
 STEPS = 15  # between two kills, at most
 TEXT = ''.join(f'{a} times {b} is {a * b}.\n' for a in range(30) for b in range(7))
 SHARED = dict(device='cpu', threads=1, n_local=1, n_head=2, n_embd=32, segment_size=4,
@@ -20,7 +24,7 @@ SHARED = dict(device='cpu', threads=1, n_local=1, n_head=2, n_embd=32, segment_s
               warmup_iters=2, dropout=0.1)
 TASKS = {'text': dict(dataset='sums', n_global=2, gradient_accumulation_steps=2, stream=True,
                       bptt_segments=3, recompute=True),
-         'needle': dict(n_global=1, batch_size=16, key_length=1, symbols=1, carry='gated',
+         'needle': dict(n_global=1, batch_size=64, key_length=1, symbols=1, carry='gated',
                         longest=3, probe_distance=9, learning_rate=0.01)}
 
 
@@ -54,7 +58,6 @@ def kill_in_a_while(process, generator):
 def disturbed_and_not(task, folder, kills, generator):
     """Raises AssertionError if the disturbed run ends with other weights, optimizer, random
     numbers, state of the task or log."""
-    from test_resume import assert_same_runs
     whole, parts = (Path(folder, f'{task}_{name}') for name in ('whole', 'parts'))
     undisturbed = start(task, whole, folder, kills)  # beside the other, which has its own folder
     for killed in range(kills):
@@ -71,15 +74,14 @@ def disturbed_and_not(task, folder, kills, generator):
 
 
 def main(kills, seed=0):
-    from prepare import prepare
-    generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'sums.txt')
         with open(path, 'w') as f:
             f.write(TEXT)
         prepare('sums', file=path, data_dir=folder, quiet=True)
-        for task in TASKS:
-            disturbed_and_not(task, folder, kills, generator)
+        with ThreadPoolExecutor() as threads:  # that wait for processes
+            list(threads.map(lambda task: disturbed_and_not(
+                task, folder, kills, random.Random(f'{seed} {task}')), TASKS))
 
 
 if __name__ == '__main__':

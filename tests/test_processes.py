@@ -1,96 +1,99 @@
-"""Several processes learn like one."""
-import json
+"""Several processes learn like one, stop as one, and resume."""
 import os
+import runpy
+import socket
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
-from test_train import records
+from test_tasks import make_task
+from test_train import assert_same_runs, flags, load, records, starter
+
+SCRIPT = os.path.join(ROOT, 'train.py')
+train = pytest.fixture(starter)
 
 
-def in_processes(n, data_dir, out_dir, refused='', **settings):
-    """A run of train.py in n gloo processes, that of conftest's settings; what it prints, or why it is refused."""
-    how = dict(data_dir=data_dir, dataset='tiny', out_dir=out_dir, device='cpu', n_embd=16, n_head=2, n_local=1, n_global=1,
-               segment_size=4, batch_size=4, log_interval=1, warmup_iters=2, threads=1, **settings)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
-    done = subprocess.run([*command, os.path.join(ROOT, 'train.py'), *(f'--{key}={value}' for key, value in how.items())],
+def start(words):
+    """Two processes as torchrun starts them, at half its cost."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        group = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                     MASTER_PORT=str(free.getsockname()[1]))
+    return [subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env={**group, 'RANK': n, 'LOCAL_RANK': n})
+            for n in '01']
+
+
+def finish(processes, code=0):
+    """What they print on standard error; they end with this code."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], errors
+    return errors
+
+
+def assert_close_runs(one, two, updates):
+    for key in ('loss', 'val_loss', 'tokens'):
+        a, b = (dict(records(folder, key)) for folder in (one, two))
+        assert b == pytest.approx(a, abs=1e-5) and (key == 'val_loss' or len(a) == updates)
+
+
+def test_two_processes_by_torchrun_learn_like_one(train, data_dir, tmp_path):
+    settings = dict(carry='gated', dropout=0.0, recompute=True, max_iters=12, threads=1)
+    train(out_dir=tmp_path / 'one', **settings)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([*torchrun, SCRIPT, *flags(tmp_path / 'two', data_dir, **settings)],
                           capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == (not refused) and refused in done.stderr, done.stderr[-3000:]
-    return done.stderr if refused else done.stdout
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('iter 12: loss') == 1 and '2 processes' in done.stdout
+    assert (tmp_path / 'two' / 'loss.png').stat().st_size > 1000
+    assert_close_runs(tmp_path / 'one', tmp_path / 'two', 12)
 
 
-@pytest.mark.parametrize('mode', [
-    dict(block_size=16), dict(carry='gated', block_size=16, recompute=True),
-    dict(stream=True, block_size=32, bptt_segments=3, gradient_accumulation_steps=2, recompute=True)])
-def test_two_processes_learn_like_one(train, data_dir, tmp_path, mode):
-    """With a gate that the last backward pass does not meet, too; and of streams, of which rows begin anew on the way, the
-    second half resumed by one process."""
-    how = dict(eval_interval=25, lr_decay_iters=50, **mode)
-    train(out_dir=tmp_path / 'one', max_iters=50, dropout=0.0, **how)
-    first = 35 if 'stream' in mode else 50
-    printed = in_processes(2, data_dir, tmp_path / 'two', max_iters=first, **how)
-    assert printed.count(f'iter {first}: loss') == 1 and '2 processes' in printed
-    if first < 50:
-        assert train(out_dir=tmp_path / 'two', max_iters=50, init_from='resume', dropout=0.0, **how).code == 0
-    for key in ('loss', 'val_loss'):
-        one, two = ([pair for pair in records(tmp_path / name, key) if pair[0] != 35 or key == 'loss'] for name in ('one', 'two'))
-        assert [it for it, _ in one] == [it for it, _ in two] and len(one) == (50 if key == 'loss' else 2)
-        assert [x for _, x in two] == pytest.approx([x for _, x in one], abs=1e-5)
+def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
+    """Beyond the end of the corpus, where a row begins anew beside one that has a carry."""
+    settings = dict(stream=True, block_size=80, bptt_segments=3, gradient_accumulation_steps=2,
+                    dropout=0.0, eval_interval=7, threads=1, decay_from=1.0)
+    train(out_dir=tmp_path / 'one', max_iters=21, **settings)
+    finish(start(flags(tmp_path / 'two', data_dir, max_iters=14, **settings)))
+    assert train(out_dir=tmp_path / 'two', max_iters=21, init_from='resume', **settings).code == 0
+    assert_close_runs(tmp_path / 'one', tmp_path / 'two', 21)
 
 
-@pytest.mark.parametrize('full', ['out', 'log.jsonl', 'last.pt'])
-def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path, full):
-    """Where the folder, the log or the checkpoint is to be, something else is: one line, no traceback of the other
-    (torchrun adds its own)."""
-    (tmp_path / 'out' / full / 'x').mkdir(parents=True) if full != 'out' else (tmp_path / 'out').write_text('')
-    err = in_processes(2, data_dir, tmp_path / 'out', 'error: cannot write', block_size=16, max_iters=2, overwrite=True)
-    assert 'RuntimeError' not in err and 'train.py", line' not in err and err.count('error: cannot write') == 1
+def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, tmp_path):
+    settings = dict(task='needle', eval_interval=30, max_iters=60, threads=1)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    finish(start(flags(whole, data_dir, **settings)))
+    first, second = start(flags(parts, data_dir, **settings))
+    assert any(line.startswith('iter 3') for line in first.stdout)
+    first.stdout.close()
+    first.stdout = None
+    assert finish([first, second]) == ['', '']
+    saved = load(parts / 'last.pt')
+    assert 3 <= saved['iter_num'] < 60
+    assert all(len(own['walkers']['carry']) for own in saved['task_state']['processes'])
+    with pytest.raises(SystemExit, match='is one of 2 processes'):
+        make_task('needle').load_state(saved['task_state'], 'cpu')
+    finish(start(flags(parts, data_dir, init_from='resume', **settings)))
+    assert_same_runs(whole, parts)
 
 
-def test_the_benchmark_in_two_processes_makes_the_same_update(tmp_path, monkeypatch):
-    """And its sides answer, one for all of their processes."""
-    import bench_training
-    c = dict(bench_training.defaults(), window=24, batch_size=4, device='cpu', steps=1, rounds=1, processes='2')
-    script = tmp_path / 'update.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {ROOT!r})
-import torch
-import bench_training
-import training
-c = {c!r}
-training.join('cpu')
-torch.manual_seed(1)
-rows, inner = [], training.backpropagate
-training.backpropagate = lambda model, x, *rest, **how: (rows.append(len(x)), inner(model, x, *rest, **how))[1]
-model, _, update = bench_training.make('full', '1+1x16x2', 24, c)
-update(*bench_training.batch(24, c))
-print(rows + [p.detach().double().sum().item() for p in model.parameters()])
-training.leave(training.Stop())
-""")
-    alone = [sys.executable, str(script)]
-    two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
-    a, b = (subprocess.run(command, capture_output=True, text=True, timeout=120) for command in (alone, two))
-    assert not a.returncode and not b.returncode, a.stderr + b.stderr
-    (rows, *weights), (rows_alone, *weights_alone) = json.loads(b.stdout), json.loads(a.stdout)
-    assert (rows, rows_alone) == (2, 4) and weights == pytest.approx(weights_alone, abs=1e-5)
-    monkeypatch.setattr(bench_training, 'MODES', ('full', 'gpt'))
-    counted, speeds = bench_training.alternate('1+1x16x2', c)
-    assert list(counted) == ['full, 2 processes', 'gpt, 2 processes']
-    assert all(len(some) == 1 and some[0] > 0 for some in speeds.values()) and {row[2] for row in counted.values()} == {1}
+def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
+    """Where the log is to be, something else is: one line, nothing from the other."""
+    (tmp_path / 'out' / 'log.jsonl' / 'x').mkdir(parents=True)
+    errors = finish(start(flags(tmp_path / 'out', data_dir, overwrite=True)), code=1)
+    assert errors[0].startswith('error: cannot write ') and errors[0].count('\n') == 1
+    assert errors[1] == ''
 
 
-def test_the_benchmark_ends_when_one_of_its_processes_does(monkeypatch):
-    import bench_training
-
-    def launch(side, *how):
-        for command in ('input()', 'exit(3)'):  # the first waits for the second
-            side.append(subprocess.Popen([sys.executable, '-c', command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
-    monkeypatch.setattr(bench_training, 'launch', launch)
-    monkeypatch.setattr('checkpoint.pick_device', lambda device: device)
-    with pytest.raises(SystemExit, match="2 processes find no device each on 'mps'"):
-        bench_training.check({**bench_training.defaults(), 'processes': '1,2', 'device': 'mps'})
-    with pytest.raises(SystemExit, match='process 1 of full, 2 processes at 1x1x8 ended with code 3'):
-        bench_training.alternate('1x1x8', dict(processes='2', rounds=1))
+@pytest.mark.parametrize('environment, words', [
+    (dict(RANK='1'), 'RANK=1 and WORLD_SIZE=1'), (dict(WORLD_SIZE='x'), "WORLD_SIZE='x'"),
+    (dict(WORLD_SIZE='2'), 'but not by torchrun'), (dict(WORLD_SIZE=''), '')])
+def test_an_environment_that_is_not_torchruns_is_told(monkeypatch, environment, words):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    try:
+        found = runpy.run_path(os.path.join(ROOT, 'lib', 'processes.py'))['join']('cpu')
+        assert found == 'cpu' and not words
+    except SystemExit as refused:
+        assert words and words in refused.code

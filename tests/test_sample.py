@@ -1,189 +1,172 @@
-"""sample.py: needs nothing but the checkpoint, and does what its settings say."""
+"""sample.py: needs nothing but the checkpoint, does what its settings say, and loses nothing."""
 import io
-import itertools
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-import checkpoint
 from conftest import ROOT, TEXT
+
+from lib import checkpoint
+
+SCRIPT = [sys.executable, '-c', f'import runpy, sys; sys.path.insert(0, {ROOT!r}); from lib import '
+          'console; console.REPEAT = 0; runpy.run_path("sample.py", run_name="__main__")']
 
 
 @pytest.fixture
-def model_dir(train, tmp_path):
-    train(learning_rate=3e-3, max_iters=30)
+def model_dir(train, tmp_path, tmp_path_factory):
+    """A folder that holds nothing but a trained model's checkpoint."""
+    kept = tmp_path_factory.getbasetemp() / 'trained'
+    if not kept.exists():
+        assert train(out_dir=kept, learning_rate=3e-3, max_iters=30).code == 0
+    (tmp_path / 'out').mkdir()
+    shutil.copy(kept / 'ckpt.pt', tmp_path / 'out')
     return tmp_path / 'out'
 
 
 @pytest.fixture
 def sample(run, model_dir):
-    return lambda *args: run('sample.py', f'--out_dir={model_dir}', '--max_new_tokens=20', '--device=cpu', *args)
+    common = f'--out_dir={model_dir}', '--max_new_tokens=20', '--device=cpu'
+    return lambda *args: run('sample.py', *common, *args)
 
 
-def test_the_checkpoint_is_enough(run, model_dir, tmp_path):
-    os.makedirs(tmp_path / 'elsewhere')
-    shutil.copy(model_dir / 'ckpt.pt', tmp_path / 'elsewhere' / 'ckpt.pt')
-    shutil.rmtree(model_dir)
-    done = run('sample.py', f"--out_dir={tmp_path / 'elsewhere'}", '--start=ape', '--max_new_tokens=5', '--num_samples=2')
-    texts = done.out.split('-' * 40 + '\n')
-    assert done.code == 0 and len(texts) == 2
+def change(path, **entries):
+    """Replace entries of a saved dictionary: by a value, or by what a function makes of it."""
+    saved = torch.load(path, weights_only=True)
+    saved.update({key: value(saved.get(key)) if callable(value) else value
+                  for key, value in entries.items()})
+    torch.save(saved, path)
+
+
+def other_chars(old, new):
+    """A vocabulary with other characters in place of some."""
+    change = str.maketrans(old, new)
+    return lambda spec: {**spec, 'chars': ''.join(sorted(spec['chars'].translate(change)))}
+
+
+def test_settings(sample):
+    done = sample('--start=ape', '--num_samples=3')
+    assert done.code == 0 and 'fold, trained on tiny' in done.err
+    assert len(texts := {*done.out.split('-' * 40 + '\n')}) == 3
     for text in texts:
-        assert text.startswith('ape') and len(text) == 3 + 5 + 1 and set(text) <= set(TEXT)
-
-
-def test_seed_and_temperature(sample):
+        assert text.startswith('ape') and len(text) == 3 + 20 + 1 and {*text} <= {*TEXT}
     assert sample('--seed=1').out == sample('--seed=1').out != sample('--seed=2').out
     assert sample('--temperature=0', '--seed=1').out == sample('--temperature=0', '--seed=2').out
-    assert sample('--top_k=1', '--seed=1').out == sample('--temperature=0').out
+    assert sample('--top_k=1').out == sample('--top_p=1e-9').out == sample('--temperature=0').out
 
 
-def test_prompts_of_any_length(sample, tmp_path):
-    (tmp_path / 'prompt.txt').write_text(TEXT[:200])
-    for start, text in [('', ''), ('a', 'a'), (TEXT[:50], TEXT[:50]), (f"FILE:{tmp_path / 'prompt.txt'}", '')]:
+def test_prompts(sample, model_dir, tmp_path):
+    """Of any length, with escapes as one types them; the default one only where it is known; what
+    comes before a bad character is not lost."""
+    change(model_dir / 'ckpt.pt', tokenizer=other_chars('y.', 'n\\'))
+    (tmp_path / 'text').write_text(words := 'ape bee cow 1234 ' * 9)
+    for start, text in [('', ''), ('a', 'a'), (words, words), (f"FILE:{tmp_path / 'text'}", ''),
+                        ('ape\\nbee', 'ape\nbee'), ('a\\\\nb', 'a\\nb'), ('a\\e', 'a\\e')]:
         done = sample(f'--start={start}')
-        assert done.code == 0 and done.out.startswith(text) and len(done.out) == len(text) + 20 + 1
-    assert sample('--start=ape', '--max_new_tokens=0').out == 'ape\n'
+        assert done.out.startswith(text) and len(done.out) == len(text) + 20 + 1, done.err
+    change(model_dir / 'ckpt.pt', tokenizer=other_chars('n\\\n', 'y.\t'))
+    assert sample('--start=ape\\tb').out.startswith('ape\tb')
+    assert len(sample().out) == 20 + 1 and sample('--start=\\n').code == 1
+    (tmp_path / 'text').write_text(words + ' \u20ac')
+    done = sample(f"--start=FILE:{tmp_path / 'text'}", f"--save_state={tmp_path / 'state'}")
+    assert done.code == 1 and f'(U+20AC) at position {len(words) + 1}' in done.err
+    assert f'{len(words) - 1} tokens before' in done.err and (tmp_path / 'state').exists()
 
 
-def test_a_state_goes_on_in_a_fresh_process_as_if_there_had_been_no_break(sample, tmp_path):
+def test_a_state_goes_on_as_if_there_had_been_no_break(sample, tmp_path, monkeypatch):
     (tmp_path / 'book.txt').write_text(TEXT)
     book, state = f"--start=FILE:{tmp_path / 'book.txt'}", tmp_path / 'book.state'
-    whole = sample(book, '--max_new_tokens=60')
-    assert whole.code == 0 and f'read {len(TEXT):,} tokens' in whole.err and len(whole.out) == 61
-    first = sample(book, '--max_new_tokens=20', f'--save_state={state}')
-    assert f'{len(TEXT) + 20:,} tokens condensed' in first.err and state.stat().st_size < 100_000
-    again = sample(f'--load_state={state}', '--start=', '--max_new_tokens=40')
-    assert first.out[:-1] + again.out == whole.out
-    assert sample(f'--load_state={state}', '--start=', '--max_new_tokens=40', '--seed=9').out != again.out
-    only_read = sample(book, '--max_new_tokens=0', f'--save_state={state}')
-    assert only_read.out == '\n'
-    assert sample(f'--load_state={state}', '--start=', '--max_new_tokens=60').out == whole.out
-
-
-def test_a_prompt_comes_from_standard_input(sample, monkeypatch):
+    assert len((whole := sample(book, '--max_new_tokens=60')).out) == 61
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    done = sample('--start=FILE:-', '--temperature=0')
-    assert done.code == 0 and f'read {len(TEXT):,} tokens' in done.err
-    assert done.out == sample(f'--start={TEXT}', '--temperature=0').out[len(TEXT):]
+    assert sample('--start=FILE:-', '--max_new_tokens=60').out == whole.out
+    first = sample(book, f'--save_state={state}')
+    assert f'{len(TEXT) + 20:,} tokens condensed' in first.err and state.stat().st_size < 100_000
+    more = f'--load_state={state}', '--start=', '--max_new_tokens=40'
+    again = sample(*more)
+    assert first.out[:-1] + again.out == whole.out and sample(*more, '--seed=9').out != again.out
+    assert sample(book, '--max_new_tokens=0', f'--save_state={state}').out == ''
+    assert sample(*more, '--max_new_tokens=60').out == whole.out
 
 
-def test_samples_share_the_prompt_and_not_the_draws(sample):
-    texts = sample('--start=ape', '--num_samples=3').out.split('-' * 40 + '\n')
-    assert len(texts) == 3 and all(text.startswith('ape') for text in texts) and len(set(texts)) == 3
-
-
-def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path):
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu',
-                                '--max_new_tokens=1000000', f"--save_state={tmp_path / 'state'}"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)  # communicate misses what is buffered
-    begun = b''
-    while len(begun) < 20:
-        begun += process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    out, err = (begun + out).decode(), err.decode()
-    assert process.returncode == 0 and 'Traceback' not in err
-    assert f'{len(out) - 1:,} tokens condensed' in err and (tmp_path / 'state').exists()
-
-
-def test_ctrl_c_loses_nothing_of_a_prompt_that_comes_slowly(model_dir, tmp_path):
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu', '--start=FILE:-',
-                                '--max_new_tokens=0', f"--save_state={tmp_path / 'state'}"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-    process.stdin.write(TEXT.encode())
-    said = b''
-    while b'tokens/s' not in said:  # all but what may be the beginning of a longer word is read
-        said += process.stderr.read(20)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and f'{len(TEXT):,} tokens condensed' in err.decode(), err
-
-
-def test_a_slow_prompt_is_cut_where_words_end(run, model_dir, monkeypatch):
+def test_words_are_never_cut_between_two_blocks_of_a_prompt(run, model_dir, tmp_path, monkeypatch):
     names = run('sample.py', f'--out_dir={model_dir}', '--max_new_tokens=0').globals
-
-    class Slow(io.BytesIO):
-        def read1(self, n):
-            return self.read(3)
-    text = 'caf\u00e9 au lait, three, o\u00f9 four'
-    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=Slow(text.encode())))
-    blocks = list(names['prompt_blocks']('FILE:-'))
-    assert ''.join(blocks) == text and len(blocks) > 3 and all(block[0] == ' ' for block in blocks[1:])
+    names['file_blocks'].__globals__['BLOCK'] = 10
+    interrupt = names['Interrupt']()
+    for text in ('one two  three\n\nfour five six', 'x' * 35 + ' y', ' a  ', 'café été ' * 9):
+        (tmp_path / 'text').write_text(text, encoding='utf-8')
+        blocks = list(names['file_blocks'](str(tmp_path / 'text'), interrupt))
+        assert ''.join(blocks) == text and len(blocks) > 1
+        for before, after in zip(blocks, blocks[1:] if 'x' not in text else ()):
+            assert not after or after[0].isspace() and not before[-1].isspace()
+    slow = 'café au lait, three, où four'  # in blocks of 3 bytes
+    monkeypatch.setattr(interrupt, 'read', lambda raw: raw.read(3))
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(slow.encode())))
+    blocks = list(names['file_blocks']('-', interrupt))
+    assert ''.join(blocks) == slow and [block[0] for block in blocks[1:]] == [' '] * 5
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(SystemExit, match="cannot read the prompt '-'"):
-        list(names['prompt_blocks']('FILE:-'))
+        list(names['file_blocks']('-', interrupt))
 
 
-def test_a_terminal_that_lacks_a_character_loses_nothing(model_dir, tmp_path):
-    saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
-    saved['tokenizer']['chars'] = saved['tokenizer']['chars'][:-1] + '\u00e9'
-    torch.save(saved, model_dir / 'ckpt.pt')
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={model_dir}', '--device=cpu', '--start=\u00e9',
-                           '--max_new_tokens=3', f"--save_state={tmp_path / 'state'}"], capture_output=True,
-                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
-    assert done.returncode == 0 and done.stdout[:1] == b'?' and b'4 tokens condensed' in done.stderr
+@pytest.mark.parametrize('start, until', [('ape', 'stdout'), ('FILE:-', 'stderr')])
+def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, until):
+    process = subprocess.Popen(
+        [*SCRIPT, f'--out_dir={model_dir}', '--max_new_tokens=1000000', f'--start={start}',
+         f"--save_state={tmp_path / 'state'}"], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0,
+        cwd=ROOT)
+    process.stdin.write(TEXT.encode())  # a prompt comes slowly
+    said = b''
+    while (b'tokens' if until == 'stderr' else b'ape') not in said:
+        said += getattr(process, until).read(20) or pytest.fail(process.stderr.read().decode())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    count = len(said + out) - 1 if until == 'stdout' else len(TEXT)
+    assert process.returncode == 0 and f'{count:,} tokens condensed' in err.decode()
 
 
-@pytest.mark.parametrize('window_tokens', [1, 6])
-def test_the_benchmark_divides_by_the_tokens_that_it_generates(run, model_dir, tmp_path, monkeypatch, window_tokens):
-    """By a clock that goes on by a second each time it is read."""
-    ticks = itertools.count()
-    monkeypatch.setattr(time, 'perf_counter', lambda: float(next(ticks)))
-    done = run('bench.py', f'--out_dir={model_dir}', f'--results_dir={tmp_path}', '--device=cpu', '--contexts=4', '--rounds=1', '--gpt_window=4',
-               f'--window_tokens={window_tokens}')
-    assert done.code == 0, done.err
-    made = json.load(open(tmp_path / 'generation.json'))
-    assert made['gpt_uncached_tokens_per_s'] == max(1, window_tokens // 4) and made['table'][0]['tokens_per_s'] == window_tokens
+@pytest.mark.parametrize('command', ['| head -c 10', '> /dev/full', '>&-', '> text'])
+def test_whatever_becomes_of_the_output_the_state_is_kept(model_dir, tmp_path, command):
+    """Where a terminal lacks the characters of the folder's name and of the text."""
+    change(model_dir / 'ckpt.pt', tokenizer=other_chars('y', 'é'))
+    folder = shutil.move(model_dir, tmp_path / 'прогон')
+    done = subprocess.run(
+        ['bash', '-c', f'set -o pipefail; cd "$0"; "$@" {command}', ROOT, *SCRIPT, '--start=é',
+         f'--out_dir={folder}', '--max_new_tokens=300', f"--save_state={tmp_path / 'state'}"],
+        capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and 'tokens condensed' in done.stderr, done.stderr
+    assert (tmp_path / 'state').exists() and 'Traceback' not in done.stderr
+    assert ('No space left' in done.stderr) == ('full' in command)
 
 
-def test_a_folder_cannot_take_the_state(sample, tmp_path):
-    done = sample(f'--save_state={tmp_path}')
-    assert done.code == 1 and 'is a folder: name a file' in done.err and done.out == ''
+def test_a_padded_vocabulary_and_weights_as_other_programs_save_them(sample, model_dir):
+    usual = sample('--start=', '--temperature=5').out
+
+    def padded(weights):
+        return {f'module._orig_mod.{name}': torch.cat((value, 9 * torch.ones(40, 16)))
+                if name.endswith('wte.weight') else value
+                for name, value in weights.items() if name != 'lm_head.weight'}  # it is tied
+    change(model_dir / 'ckpt.pt', model=padded,
+           model_args=lambda sizes: {**sizes, 'vocab_size': sizes['vocab_size'] + 40})
+    done = sample('--start=', '--temperature=5')
+    assert (done.code, done.out) == (0, usual), done.err
 
 
-def test_words_are_never_cut_between_two_blocks_of_a_prompt(run, model_dir, tmp_path):
-    names = run('sample.py', f'--out_dir={model_dir}', '--max_new_tokens=0').globals
-    names['prompt_blocks'].__globals__['BLOCK'] = 10
-    for text in ('one two  three\n\nfour five six seven', 'x' * 35 + ' y', ' a  ', 'caf\u00e9 \u00e9t\u00e9 ' * 9):
-        (tmp_path / 'text').write_text(text, encoding='utf-8')
-        blocks = list(names['prompt_blocks'](f"FILE:{tmp_path / 'text'}"))
-        assert ''.join(blocks) == text
-        for before, after in zip(blocks, blocks[1:]):
-            assert not after or 'x' in text or after[0].isspace() and not before[-1].isspace()
-
-
-def test_a_bad_character_late_in_a_prompt_loses_nothing(run, model_dir, tmp_path):
-    (tmp_path / 'text').write_text(TEXT * 8 + '\u20ac')
-    done = run('sample.py', f'--out_dir={model_dir}', f"--start=FILE:{tmp_path / 'text'}", f"--save_state={tmp_path / 'state'}")
-    assert done.code == 1 and f'(U+20AC) at position {8 * len(TEXT)}' in done.err
-    assert (tmp_path / 'state').exists() and 'tokens before' in done.err
-
-
-def test_ids_beyond_the_vocabulary_are_never_drawn(run, model_dir):
-    saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
-    for name in ('transformer.wte.weight', 'lm_head.weight'):
-        saved['model'][name] = torch.cat((saved['model'][name], 9 * torch.ones(40, 16)))  # a padded vocabulary
-    saved['model_args']['vocab_size'] += 40
-    torch.save(saved, model_dir / 'ckpt.pt')
-    done = run('sample.py', f'--out_dir={model_dir}', '--start=', '--max_new_tokens=50', '--temperature=5')
-    assert done.code == 0, done.err
-
-
-def test_the_newest_run_is_the_default(run, model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'ROOT', str(tmp_path))
-    for name, age in (('new', 0), ('old', 1000)):
-        os.makedirs(tmp_path / 'out' / name)
-        saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
-        saved['tokenizer']['chars'] = saved['tokenizer']['chars'].replace('.', {'new': '/', 'old': '.'}[name])
-        torch.save(saved, tmp_path / 'out' / name / 'ckpt.pt')
-        time = os.path.getmtime(tmp_path / 'out' / name / 'ckpt.pt') - age
-        os.utime(tmp_path / 'out' / name / 'ckpt.pt', (time, time))
-    os.remove(model_dir / 'ckpt.pt')
-    assert run('sample.py', '--start=/', '--max_new_tokens=1').code == 0  # only the newer one knows a slash
+def test_the_newest_run_that_can_be_used_is_the_default(run, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'ROOT', str(tmp_path / 'root'))
+    for age, name in enumerate(('damaged', 'needle', 'new', 'old')):
+        path = shutil.copytree(model_dir, tmp_path / 'root' / 'out' / name) / 'ckpt.pt'
+        change(path, task='needle' if name == 'needle' else 'text',
+               tokenizer=other_chars('.', '/' if name == 'new' else '.'))
+        if name == 'damaged':
+            path.write_bytes(b'PK')
+        os.utime(path, (1e9 - age, 1e9 - age))
+    done = run('sample.py', '--start=/', '--max_new_tokens=1')  # only the newer knows a slash
+    assert done.code == 0 and done.out[0] == '/'
+    damaged, needle, new = done.err.splitlines()
+    assert damaged.startswith('out/damaged is left out') and new.endswith('trained on tiny')
+    assert needle.startswith("out/needle is left out: its task is 'needle'")

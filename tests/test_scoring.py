@@ -28,14 +28,15 @@ def nats(model, history, target):
         return F.cross_entropy(model(history[None])[0][0, -1:], target[None]).item()
 
 
-@pytest.mark.parametrize('model', [fold(), make('recurrent')])
-def test_a_model_with_a_carry_reads_parallel_streams_and_keeps_it(model, monkeypatch):
-    monkeypatch.setattr(scoring, 'STREAMS', 3)
+@pytest.mark.parametrize('model, streams, S', [
+    (fold(), 3, 20), (make('recurrent'), 3, 20), (make('recurrent'), 16, 15)])  # 12 at least
+def test_a_model_with_a_carry_reads_parallel_streams_and_keeps_it(model, streams, S, monkeypatch):
+    monkeypatch.setattr(scoring, 'STREAMS', streams)
     monkeypatch.setattr(scoring, 'MIN_SEGMENTS', 1)
     monkeypatch.setattr(scoring, 'tokens_per_call', lambda model: 30)  # two segments of a row
     tokens, read = torch.randint(V, (60,)), []
     losses = token_losses(model, tokens, read.append)
-    expected = [nats(model, tokens[t // 20 * 20:t + 1], tokens[t + 1]) for t in range(59)]
+    expected = [nats(model, tokens[t // S * S:t + 1], tokens[t + 1]) for t in range(59)]
     assert losses.tolist() == pytest.approx(expected, abs=1e-5)
     assert read == sorted(read) and len(read) > 1 and read[-1] >= 60
 

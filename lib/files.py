@@ -1,0 +1,71 @@
+"""Files that are written whole or not at all, and folders that one process owns while it lives."""
+import os
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+locks = {}  # path of a folder: an open file in it, whose lock ends with this process
+
+
+def own_folder(folder):
+    """Make a folder and keep it for this process; a killed one leaves no lock behind.
+
+    Raises SystemExit if it cannot be written, or if another process has it.
+    """
+    path = os.path.join(os.path.realpath(folder), '.lock')
+    if path in locks:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        locks[path] = open(path, 'a+')
+    except OSError as error:
+        raise SystemExit(f'error: cannot write {folder}: {error.strerror}; --out_dir=PATH goes '
+                         f'elsewhere') from None
+    try:
+        if fcntl:
+            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        other = locks.pop(path)
+        other.seek(0)
+        raise SystemExit(f'error: process {other.read().strip()} is at work in {folder}: wait for '
+                         f'it, or take another --out_dir') from None
+    locks[path].truncate(0)
+    print(os.getpid(), file=locks[path], flush=True)
+
+
+def temporary_name(path):
+    """The path of a file of this process alone, beside the one at path, a link's target."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+
+
+def write_file(path, write, kept='what was there is kept'):
+    """Have write(f) write a file atomically: at path is the old one or the new one, whole.
+
+    f: a file opened for bytes. A link is written through. Raises SystemExit if that cannot be done.
+    """
+    target, temporary = os.path.realpath(path), temporary_name(path)
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(temporary, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise SystemExit(f'error: cannot write {path}: {reason}; {kept}') from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def append_line(path, line):
+    """Add a line to a file. Raises SystemExit if that cannot be done."""
+    try:
+        with open(path, 'a') as f:
+            f.write(line + '\n')
+    except OSError as error:
+        raise SystemExit(f'error: cannot write {path}: {error.strerror}') from None

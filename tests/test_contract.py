@@ -1,0 +1,129 @@
+"""One computation and one contract: what model.py says holds everywhere, and so does a model that
+has nothing but a forward pass and a config."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from small import TOYS, all_logits, assert_equal, gradients, make, tokens
+from torch.nn import functional as F
+
+import compare
+from configurator import configure
+from lib.checkpoint import load, load_model
+from lib.contract import carries
+from lib.gradients import backpropagate
+from lib.records import load_record
+from lib.scoring import token_losses
+from lib.streaming import generate, new_state, read_, sample_token
+from model import MLP, CausalSelfAttention
+from models import MODELS
+from prepare import Tokenizer
+
+SMALL = dict(block_size=16, width=7, decay_from=1.0, learning_rate=0.03, stream=True)
+
+
+def squared(self, x):
+    return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+def scaled(self, x, before=None, cache=None, attention=CausalSelfAttention.forward):
+    return attention(self, 1.5 * x, before, cache)
+
+
+def streamed(model, idx):
+    """The logits after every token of idx (1, T), read one by one."""
+    state = new_state(model)
+    assert (state.cache is not None) == hasattr(model, 'extend')
+    return torch.stack([read_(model, token, state).clone() for token in idx.split(1, 1)], dim=1)
+
+
+@pytest.mark.parametrize('part, edit', [(MLP, squared), (CausalSelfAttention, scaled)])
+@pytest.mark.parametrize('kind, sizes', [
+    ('gpt', {'block_size': 60}), ('fold', {}), ('fold', {'carry': 'gated'}),
+    ('fold', {'segment_size': 40}), ('fold_frozen', {}), ('fold_dropped', {})])
+def test_an_edit_to_model_py_holds_everywhere(part, edit, kind, sizes, monkeypatch):
+    """Training loss and gradient, evaluation loss and what is written change, and all of them are
+    those of the edited forward pass; the caches go on serving."""
+    model, x, y = make(kind, **{'block_size': 120, **sizes}), tokens(1, 60), tokens(1, 60)
+    found = []
+    for forward in (part.forward, edit):
+        monkeypatch.setattr(part, 'forward', forward)
+        loss, _ = backpropagate(model, x, y)
+        text = generate(model, x[:, :5], 55, generator=torch.Generator().manual_seed(1))
+        scored = token_losses(model, x[0])
+        found.append((loss, gradients(model)['transformer.wte.weight'], text, scored))
+        logits = all_logits(model, x).detach()
+        assert_equal(streamed(model, x), logits)
+        assert_equal(loss, F.cross_entropy(logits[0], y[0]))
+        nats = F.cross_entropy(logits[0, :-1], x[0, 1:], reduction='none')
+        torch.testing.assert_close(scored.double(), nats, rtol=0, atol=1e-5)
+        logits, generator = all_logits(model, text)[:, 4:-1], torch.Generator().manual_seed(1)
+        expected = [sample_token(after, generator=generator) for after in logits.unbind(1)]
+        assert torch.equal(text[:, 5:], torch.cat(expected, dim=1))
+    for before, after in zip(*found):
+        assert (before != after).any()
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    for name, pair in TOYS.items():
+        monkeypatch.setitem(MODELS, name, pair)
+
+
+@pytest.mark.parametrize('kind', TOYS)
+def test_a_model_with_nothing_but_forward_does_all_that_others_do(
+        kind, toys, run, train, data_dir, tmp_path):
+    folder, again = tmp_path / 'run', tmp_path / 'again'
+    for out_dir, settings in ((folder, {}), (again, {'max_iters': 10}),
+                              (again, {'init_from': 'resume'})):
+        done = train(kind, out_dir=out_dir, **{**SMALL, **settings})
+        assert done.code == 0, done.err
+    saved, resumed = load(folder / 'last.pt'), load(again / 'last.pt')
+    assert all(torch.equal(value, resumed['model'][name]) for name, value in saved['model'].items())
+    model, tokenizer = load_model(saved).eval(), Tokenizer(saved['tokenizer'])
+    assert model.config.width == 7
+
+    scored = [json.loads(line) for line in open(folder / 'log.jsonl') if 'val_loss' in line]
+    val = torch.from_numpy(np.fromfile(data_dir / 'tiny' / 'val.bin', np.uint16).astype(np.int64))
+    loss = token_losses(model, val).mean().item()
+    assert scored[0]['val_loss'] > loss == pytest.approx(scored[-1]['val_loss'], abs=1e-6)
+    if carries(model):
+        nats = F.cross_entropy(all_logits(model, val[None, :99])[0], val[1:100], reduction='none')
+        torch.testing.assert_close(token_losses(model, val[:100]), nats, rtol=0, atol=1e-5)
+
+    model, idx = model.double(), val[None, :16]
+    assert_equal(streamed(model, idx), all_logits(model, idx).detach())
+    written = run('sample.py', f'--out_dir={folder}', '--start=ape', '--temperature=0',
+                  '--max_new_tokens=30')
+    expected = generate(model, torch.tensor([tokenizer.encode('ape')]), 30, temperature=0)
+    assert written.code == 0 and written.out == tokenizer.decode(expected[0].tolist()) + '\n'
+
+    probed = run('probe.py', f'--out_dir={folder}', f'--data_dir={data_dir}',
+                 '--histories=0,12,24', '--bins=12,24,48', '--targets=5', '--resamples=20')
+    assert probed.code == 0, probed.err
+    metrics = load_record(folder / 'probe.json')['metrics']
+    assert metrics['loss']['value'] == pytest.approx(scored[-1]['val_loss'], abs=1e-5)
+
+
+def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_path, monkeypatch):
+    """By compare.py as it is, but that its scripts run in this process, which knows them."""
+    async def call(s, script, **flags):
+        done = run(script, *(f'--{key}={value}' for key, value in flags.items()))
+        assert done.code == 0, done.err
+        return done.out
+    monkeypatch.setattr(compare, 'call', call)
+    (tmp_path / 'toys.py').write_text(
+        "tokens, prompts, new_tokens, same_window = 384, ['ape'], 9, 'windowed'\n"
+        "common = dict(dataset='tiny', block_size=16, batch_size=4, width=7)\n"
+        "runs = {kind: {'model_type': kind} for kind in ('recurrent', 'windowed')}\n"
+        "probe = dict(histories='0,12', targets=5, words=5, resamples=20)\n")
+    argv = [str(tmp_path / 'toys.py'), f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
+            f'--data_dir={data_dir}']
+    compare.main(configure(vars(compare), argv, 'comparison'))
+    record = load_record(tmp_path / 'runs' / 'comparison.json')
+    assert len(record['parts']) == 2 and 'recurrent minus windowed' in record['metrics']
+    for part in record['parts']:
+        assert part['notes'][0].startswith('ape') and part['curves']['context curve']['points']
+        for name in ('loss', 'flops_per_token', 'state_bytes', 'generated_tokens_per_s'):
+            assert part['metrics'][name]['value'] > 0, name

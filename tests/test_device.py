@@ -1,0 +1,90 @@
+"""The machine: who multiplies on a CPU, what is compiled, devices, threads and memory."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import equal, load, starter
+
+from lib import device
+
+MATMUL = torch.backends.mkldnn.matmul
+train = pytest.fixture(starter)
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A processor on which oneDNN is tried; what it computes is this one's."""
+    monkeypatch.setattr(device, 'cpu_info', lambda: 'vendor_id\t: AuthenticAMD')
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+
+
+def test_what_is_taken_computes_float32(amd):
+    """On whatever this machine is; bfloat16 would be off by 0.1."""
+    a, b = torch.randn(300, 200), torch.randn(200, 100)
+    taken = device.choose_products('auto')
+    assert MATMUL.fp32_precision == ('bf16' if taken == 'onednn' else 'none')
+    torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=2e-4)
+
+
+def test_a_processor_that_rounds_is_left_to_torch(amd, monkeypatch, capsys):
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: torch.matmul(
+        a.bfloat16().float(), b.bfloat16().float()))
+    assert device.choose_products('onednn') == 'torch' and MATMUL.fp32_precision == 'none'
+    assert "oneDNN's products do not serve on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('vendor, capability, products', [
+    ('GenuineIntel', 'AVX512', 'auto'), ('AuthenticAMD', 'AVX2', 'auto'), ('', 'DEFAULT', 'onednn'),
+    ('AuthenticAMD', 'AVX512', 'torch')])
+def test_others_are_left_to_torch(monkeypatch, vendor, capability, products):
+    monkeypatch.setattr(device, 'cpu_info', lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    assert device.choose_products(products) == 'torch' and MATMUL.fp32_precision == 'none'
+
+
+def test_training_records_who_multiplies_and_goes_on_with_it(train, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, 'choose_products', lambda asks: asked.append(asks) or 'onednn')
+    assert train(max_iters=1).globals['s'].products == 'onednn'
+    assert train(init_from='resume', max_iters=2).code == 0 and asked == ['auto', 'onednn']
+    assert load(tmp_path / 'out' / 'last.pt')['config']['products'] == 'onednn'
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monkeypatch, works):
+    real, calls = torch.compile, []
+
+    def backend(graph, inputs):
+        assert works, 'no compiler\nhere'
+        return lambda *args: calls.append(1) or graph(*args)
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    train(out_dir=tmp_path / 'a')
+    done = train(compile='kernels')
+    torch.compiler.set_stance('default')
+    assert done.code == 0 and (len(calls) > 20) == works, done.err
+    assert ('does not work here (BackendCompilerFailed: ' in done.err) != works
+    a, b = (load(tmp_path / name / 'last.pt')['model'] for name in ('a', 'out'))
+    equal(a, b, **(dict(rtol=1e-3, atol=1e-4) if works else {}))
+
+
+def test_a_device_that_is_not_there_is_told():
+    for name in ('cuda:99', 'tpu'):
+        with pytest.raises(SystemExit, match='not available'):
+            device.pick_device(name)
+    with pytest.raises(SystemExit, match='more than this machine can use'):
+        device.set_threads(100_000)
+
+
+def test_freed_memory_is_kept():
+    """In a process of its own: taking as much again as was freed costs no page faults."""
+    program = '''if True:
+        import resource, torch, lib.device
+        lib.device.keep_freed_memory()
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            [torch.zeros(2 ** 20) for _ in range(30)]  # 4 MB each
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)'''
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) < 10000, done.stderr  # of 30,720 pages

@@ -1,0 +1,300 @@
+"""The tasks: their sequences, what goes on from update to update, and what counts as recall."""
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import OF_TASK, SMALL, equal, load, records, starter
+from torch.nn import functional as F
+
+from configurator import configure
+from lib.contract import make_model
+from tasks import find_task, needle, pairs
+
+NEEDLE = dict(segment_size=12, key_length=5, symbols=16, probe_distance=30)
+PAIRS = dict(segment_size=12, names=9, symbols=16, pairs=5, batch_size=8, fresh=3)
+FIRST_DIGIT, MARK, ASK, FIRST_NAME = 16, 26, 27, 28  # of these
+close = partial(equal, atol=1e-10)
+train = pytest.fixture(starter)
+
+
+def make_task(name, model_type='', **settings):
+    """A Task as train.py makes it, of its defaults and these settings; started, if a type of model
+    is named, with a small one in float64."""
+    module, run = find_task(name), dict(seed=1, init_from='scratch', gradient_accumulation_steps=1)
+    defaults = configure({}, [], parts=lambda known: [module]).as_dict()
+    sizes = {**defaults, **run, **SMALL, **OF_TASK[name], **settings}
+    task = module.Task(SimpleNamespace(**sizes))
+    if model_type:
+        torch.manual_seed(0)
+        model = make_model(model_type, {**sizes, 'dropout': 0.0, **task.sizes}).double()
+        task.start(model, 'cpu', nullcontext())
+    return task
+
+
+def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
+    fold = make_task('text', data_dir=data_dir, batch_size=4, block_size=16)
+    gpt = make_task('text', data_dir=data_dir, batch_size=16, block_size=4, stretch=16)
+    for _ in range(3):
+        (x, y), others = fold.random_sequences(), gpt.random_sequences()
+        assert x.shape == (4, 16) and torch.equal(x[:, 1:].int(), y[:, :-1].int())
+        equal([x, y], [tokens.view(4, 16) for tokens in others])
+
+
+@pytest.mark.parametrize('mode', [dict(bptt_segments=9, recompute=True),
+                                  dict(gradient_accumulation_steps=2, batch_size=2)])
+def test_a_streams_carry_is_that_of_one_long_forward(train, tmp_path, mode):
+    """And what it reads, over so many updates that one of the four rows begins anew."""
+    steps, T, ends, expected = 15, 160, [], torch.zeros(15)
+    done = train(stream=True, block_size=T, segment_size=16, dropout=0.0, max_iters=steps,
+                 learning_rate=0.0, min_lr=0.0, **mode)
+    rows, job = load(tmp_path / 'out' / 'last.pt')['task_state']['streams'], done.globals['job']
+    model, corpus = job.model.eval(), torch.from_numpy(job.train_data.astype('int64'))
+    for r in range(4):
+        first, it = r * (len(corpus) - T) // 4, 0
+        while it < steps:
+            n = min(steps - it, (len(corpus) - 1 - first) // T)
+            x, y = (corpus[None, first + i:first + n * T + i] for i in (0, 1))
+            with torch.no_grad():
+                logits, _, carry = model(x, y)
+            expected[it:it + n] += F.cross_entropy(
+                logits[0], y[0], reduction='none').view(-1, T).mean(dim=1) / 4
+            ends, first, it = [*ends, first + n * T], 0, it + n
+        torch.testing.assert_close(rows['carry'][r], carry[0], rtol=0, atol=1e-4)
+        assert rows['at'][r] == ends[-1]
+    assert len(ends) == 4 + 1
+    assert [loss for _, loss in records(tmp_path / 'out', 'loss')] == pytest.approx(
+        expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize('filler', ['symbols', 'text'])
+def test_needle_sequences_hold_one_key_and_ask_for_it(data_dir, filler):
+    s, T = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE).s, 60
+    task = needle.make_sequences(s, 'train', 1)
+    x, y, keys, after = task.new(500, T, 24)
+    asked = (x == task.ask).long().argmax(dim=1)
+    for row, targets, key, end, ask in zip(*(z.tolist() for z in (x, y, keys, after, asked))):
+        assert row[end - 6:end] == [task.mark, *key] and end <= ask
+        assert row[ask:ask + 5] == [task.ask, *key[:4]] and targets[ask:ask + 5] == key
+        assert set(targets[:ask] + targets[ask + 5:]) <= {-1}
+        filling = row[:end - 6] + row[end:ask] + row[ask + 5:]
+        assert max(filling) < task.filler <= min(key) and max(key) < task.mark
+    assert set((asked % 12).tolist()) == set(range(12)) and asked.min() >= T - 24
+    distance = asked - after
+    assert distance.min() == 0 and distance.max() > 40 and (distance < 10).sum() > 30
+    x, y = task.old(keys, T, 24)
+    assert (x == task.ask).sum() == 500 and (x == task.mark).sum() == 0
+    assert torch.equal(y[y >= 0].view(500, 5), keys) and (y[:, :T - 24] == -1).all()
+    if filler == 'text':  # of the split, round and round
+        train, test = (needle.make_sequences(s, split, 1) for split in ('train', 'val'))
+        x, text = test.filling(2, 20, torch.tensor([3, len(test.text) - 5])), test.text
+        equal(x, torch.stack((text[3:23], torch.cat((text[-5:], text[:15])))))
+        assert not torch.equal(train.text[:50], text[:50])
+
+
+@pytest.mark.parametrize('leave', [0.0, 1.0])
+def test_walkers_read_on_from_where_they_were_and_leave_when_wrong(leave):
+    task = make_task('needle', 'fold', batch_size=8, key_length=5, segment_size=6, block_size=12,
+                     leave=leave, first=3)
+    texts, answered, inner, before, oldest = {}, {}, task.read_and_ask, set(), 0
+
+    def read_and_ask(x, y, carry):
+        loss, right, after = inner(x, y, carry)
+        right = torch.rand(len(x)) < 0.7
+        for key, row, is_right in zip(map(tuple, y[y >= 0].view(-1, 5).tolist()), x, right):
+            text = row[:0] if carry is None else texts[key]
+            texts[key], answered[key] = torch.cat((text, row[:-12])), bool(is_right)
+        return loss, right, after
+    task.read_and_ask = read_and_ask
+    for _ in range(25):
+        task.backward()
+        walkers = task.walkers or SimpleNamespace(keys=torch.zeros(0), age=[], carry=[])
+        now = {tuple(key) for key in walkers.keys.tolist()}
+        assert before & now == {key for key in before if answered[key] and not leave}
+        assert len(now) == len(walkers.keys) <= 8
+        for key, age, carry in zip(walkers.keys, walkers.age, walkers.carry):
+            text = texts[tuple(key.tolist())]
+            end = (text == task.sequences.mark).nonzero().item() + 6
+            assert torch.equal(text[end - 5:end], key) and age == len(text) - end
+            close(task.model(text[None])[2][0].detach(), carry)
+            oldest = max(oldest, age)
+        before = now
+    assert oldest > (0 if leave else 30)
+
+
+def test_the_curriculum_grows_by_the_recall_of_its_hardest_sequences():
+    task, found = make_task('needle', 'fold', longest=2, grow_at=0.9), []
+    for segments, times in ((0, 50), (1, 21), (1, 1), (2, 50)):
+        for _ in range(times):
+            task.grow(segments, torch.ones(4).bool())
+        found.append((task.stage, task.recall > 0.8))
+    assert found == [(1, False), (1, True), (2, False), (2, True)]  # the longest
+
+
+@pytest.mark.parametrize('W', [4, 8, 16])
+def test_a_gpt_is_shown_what_its_window_holds(W):
+    task = make_task('needle', 'gpt', block_size=W, grow_at=-1.0)
+    loss, tokens = task.backward()
+    assert loss.isfinite() and tokens == 64 * max(8, W)
+    assert task.walkers is None and task.stage == 1 and task.figures()['walkers'] == 0
+
+
+class Scholar(torch.nn.Module):
+    """Reads everything, and answers right where knows(distance); starts: where keys start."""
+
+    def __init__(self, sequences, knows):
+        super().__init__()
+        self.sequences, self.knows, self.starts = sequences, knows, set()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(block_size=7200, vocab_size=99)
+
+    def forward(self, idx, targets=None, carry=None):
+        logits, task = torch.zeros(len(idx), 1, 99), self.sequences
+        for row, text in enumerate(idx.tolist()):
+            if task.ask in text:
+                key, asked = text.index(task.mark) + 1, text.index(task.ask)
+                assert text.count(task.mark) == text.count(task.ask) == 1
+                assert max(text[:key - 1], default=0) < task.filler > text[key + 5]
+                i = len(text) - asked - 1
+                assert text[asked + 1:asked + 5] == text[key:key + min(i, 4)]  # of its key
+                if i < 5:  # what follows is filler, read while other rows are still asked
+                    logits[row, 0, text[key + i]] = 1 if self.knows(asked - key - 5) else -1
+                    self.starts.add((key - 1) % 12)
+        return logits, None, None
+
+
+@pytest.mark.parametrize('filler', ['symbols', 'text'])
+def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
+    task = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE)
+    scholar = Scholar(task.sequences, lambda d: d in (5, 7000))
+    found = needle.recalled(scholar, task.s, [5, 30, 7000], 12, 'cpu')
+    assert found == {5: 12, 30: 0, 7000: 12} and scholar.starts == set(range(12))
+    task.start(scholar, 'cpu', nullcontext())
+    assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
+
+
+def shown(row):
+    """{name: digit} of the pairs in a row of tokens, and the places where they begin."""
+    at = [i for i, token in enumerate(row) if token == MARK]
+    return {row[i + 2]: row[i + 1] for i in at}, at
+
+
+@pytest.mark.parametrize('places', ['turn', 'any'])
+def test_each_pair_is_shown_once_one_a_segment(places):
+    sequences, found = make_task('pairs', **PAIRS, places=places).sequences, set()
+    rows = sequences.rows(torch.full((300,), 5))
+    text = torch.cat([sequences.further(rows, n, 1.0) for n in (2, 5)], dim=1)
+    for row, start in zip(text.tolist(), rows.start.tolist()):
+        digits, at = shown(row)
+        assert [i // 12 for i in at] == [0, 1, 2, 3, 4] and len(digits) == 5  # then filler alone
+        assert min(digits) >= FIRST_NAME and {*digits.values()} <= {*range(FIRST_DIGIT, MARK)}
+        assert places == 'any' or [i % 12 for i in at] == [(start - n) % 10 for n in range(5)]
+        found.add(tuple(i % 12 for i in at))
+    assert len(found) == 10 if places == 'turn' else len(found) > 250
+
+
+def test_pairs_come_as_often_as_told_and_in_the_first_lesson_side_by_side():
+    sequences = make_task('pairs', **PAIRS).sequences
+    rows = sequences.rows(torch.arange(1, 6).repeat(400))
+    assert (sequences.further(rows, 1, 0.0) == MARK).any(dim=1).all()  # none stays without a pair
+    share = (sequences.further(rows, 1, 0.25) == MARK).any(dim=1).view(400, 5).float().mean(dim=0)
+    assert share[0] == 0 and ((share[1:] - 0.25).abs() < 0.1).all()
+    sequences.further(rows, 60, 0.25)
+    assert torch.equal(rows.shown, rows.most)
+    for row in sequences.at_once(sequences.rows(torch.full((20,), 3)), 3).tolist():
+        digits, at = shown(row)
+        assert len(digits) == 3 and at == [0, 3, 6] and len(row) == 12
+
+
+def test_questions_name_the_pairs_asked_for():
+    sequences, places = make_task('pairs', **PAIRS).sequences, [0, 3, 6, 9, 12]
+    rows = sequences.rows(torch.full((30,), 5))
+    text, which = sequences.further(rows, 5, 1.0), torch.rand(30, 5).argsort(dim=1)
+    x, y = (tokens.view(30, 24) for tokens in sequences.ask_for(rows, which))  # 4 fit a segment
+    for row, asked, targets, order in zip(*(z.tolist() for z in (text, x, y, which))):
+        digits, at = shown(row)
+        wanted = [(ASK, row[at[n] + 2], digits[row[at[n] + 2]]) for n in order]
+        assert [i for i, token in enumerate(asked) if token == ASK] == places
+        assert [tuple(asked[i:i + 3]) for i in places] == wanted
+        assert {i: target for i, target in enumerate(targets) if target >= 0} == {
+            i + 1: digit for i, (_, _, digit) in zip(places, wanted)}
+
+
+def test_pairs_walk_on_with_their_memory():
+    task, texts = make_task('pairs', 'fold', **PAIRS, carry='gated', passed_at=-1.0), {}
+    further, ask_for = task.sequences.further, task.sequences.ask_for
+
+    def recorded(rows, n, often):
+        x = further(rows, n, often)
+        for order, text in zip(map(tuple, rows.names.tolist()), x):
+            texts[order] = torch.cat((texts.get(order, text[:0]), text))
+        return x
+
+    def asked(rows, which):
+        assert which.shape == (len(rows), 4) and (which < rows.shown[:, None]).all()
+        return ask_for(rows, which)
+    task.sequences.further, task.sequences.ask_for = recorded, asked
+    for n in range(12):
+        assert task.lesson == (1 if n == 0 else 2) and (task.walkers is None) == (n < 2)
+        task.backward()
+    walkers, lengths = task.walkers, set()
+    for order, digits, carry, count in zip(walkers.names.tolist(), walkers.digits.tolist(),
+                                           walkers.carry, walkers.shown):
+        text = texts[tuple(order)]
+        lengths.add(len(text))
+        close(task.model(text[None])[2][0].detach(), carry)
+        assert shown(text.tolist())[0] == dict(zip(order[:count], digits))
+    assert len(walkers) == 8 and min(lengths) == 24 and max(lengths) > 72  # some from long before
+
+
+class Keeper(torch.nn.Module):
+    """Keeps the last four pairs; of all others the digit is wrong."""
+
+    def forward(self, x, y=None, carry=None):
+        if y is None:
+            return None, None, x if carry is None else torch.cat((carry, x), dim=1)
+        digits = [dict([*shown(text)[0].items()][-4:]) for text in carry.tolist()]
+        answers = [[known.get(token, 0) for token in row] for known, row in zip(digits, x.tolist())]
+        self.read = carry.size(1) // 12
+        return F.one_hot(torch.tensor(answers), 99).float(), torch.zeros(()), None
+
+
+def test_capacity_is_that_of_the_model():
+    p, saved = SimpleNamespace(most=6, sequences=55, wait=3), vars(make_task('pairs', **PAIRS).s)
+    found = pairs.probe(keeper := Keeper(), {'config': saved}, p, 'cpu')
+    assert found['curves']['recall']['points'] == [
+        {'x': n, 'value': pytest.approx(min(1, 4 / n)), 'n': 55 * n} for n in range(1, 7)]
+    assert found['notes'][5].endswith(': 0.000 0.000 1.000 1.000 1.000 1.000')
+    assert found['metrics']['most pairs at 0.9']['value'] == 4 and keeper.read == 6 + 3
+
+
+def test_pairs_start_from_weights_that_compare_names():
+    usual, matched = (make_task('pairs', 'fold', matched=matched, place_scale=3).model.transformer
+                      for matched in (False, True))
+    for a, b in zip(usual.h, matched.h):
+        q, k, v = a.attn.c_attn.weight.split(16)
+        close(b.attn.c_attn.weight, torch.cat((4 * q, 4 * q, 0.5 * v + 0.7 * torch.eye(16))))
+        close(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
+    close(matched.wte.weight, 8 * usual.wte.weight)
+    close(matched.wpe.weight, 3 * usual.wpe.weight)
+
+
+@pytest.mark.parametrize('name, settings, words', [
+    ('text', dict(eval_tokens=1), 'leaves no token to predict'),
+    ('text', dict(stretch=24), 'must be a multiple of block_size=16'),
+    ('text', dict(stretch=16, stream=True), 'draws no stretch'),
+    ('text', dict(block_size=50000), 'is too short'),
+    ('needle', dict(filler='noise'), "filler must be 'symbols' or 'text'"),
+    ('needle', dict(key_length=4), 'must fit into two segments of 4'),
+    ('needle', dict(first=4), 'first=4 is more than the curriculum grows to: longest is 3'),
+    ('needle', dict(filler='text', dataset='nothing'), 'nothing'),
+    ('needle', dict(model_type='gpt', block_size=6), 'must divide two segments, 8 tokens'),
+    ('pairs', dict(places='all'), "places must be 'turn' or 'any', not 'all'"),
+    ('pairs', dict(pairs=10), 'pairs=10 and together=2 need as many names, not 5'),
+    ('pairs', dict(together=3), 'together=3 pairs of three tokens do not fit'),
+    ('pairs', dict(fresh=9), 'fresh=9 must be at most batch_size=4'),
+    ('pairs', dict(model_type='gpt'), 'takes a model with a carry')])
+def test_bad_settings_get_one_line(data_dir, name, settings, words):
+    with pytest.raises(SystemExit, match=f'^error: .*{words}[^\n]*$'):
+        make_task(name, data_dir=data_dir, **settings)
