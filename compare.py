@@ -44,7 +44,7 @@ KEYS = {'seeds': [1337], 'tokens': 0, 'ablation_tokens': 0, 'common': {}, 'runs'
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
-QUICK_PROBE = {'histories': '0,12,24', 'swaps': '', 'targets': 10, 'words': 5, 'resamples': 20}
+QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20}
 
 
 @dataclass

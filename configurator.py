@@ -1,8 +1,8 @@
 """Settings as commented globals, changed by config files and flags.
 
-A script lists its settings as globals, one a line with a comment; `s = configure(globals())` gives
-s.key for each. A key is a public bool, int, float or text whose name is not all capitals. Both
-`--key=value` on the command line and a line `key = value` in a config file named there set it.
+A script lists its settings as globals, one a line with a comment: public bools, ints, floats and
+texts whose names are not all capitals. `s = configure(globals())` gives s.key for each key. It is
+set by `--key=value` on the command line, or by a line `key = value` in a config file named there.
 """
 import difflib
 import inspect
@@ -48,8 +48,7 @@ def configure(namespace, argv=None, positional=None, parts=None):
     positional: the key that a bare argument sets; without it a bare argument is a config file.
     parts: function of the values of the script's own keys. It returns a list of modules and
     dataclasses whose defaults are keys as well, where the script has none of that name.
-    Raises SystemExit with one line on bad input, and after --help. From then on Ctrl-C and a closed
-    pipe end the script without a traceback.
+    Raises SystemExit with one line on bad input, and after --help. Ctrl-C is one line from now on.
     """
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
@@ -77,13 +76,11 @@ def merge(saved, given, fixed=(), here=()):
     fixed: keys that stay as saved. here: keys that are never taken from `saved`.
     Raises SystemExit if a saved value is of the wrong kind.
     """
-    changes, notes = {}, []
-    for key, value in given.as_dict().items():
-        if key not in saved or key in here or key in given.given and key not in fixed:
-            continue
-        changes[key] = _check('the saved run: ', key, saved[key], value)
-        if key in given.given and value != changes[key]:
-            notes.append(f'resume: {key} stays {changes[key]!r}')
+    keys = [key for key in given.as_dict() if key in saved and key not in here
+            and (key in fixed or key not in given.given)]
+    changes = {key: _check('the saved run: ', key, saved[key], getattr(given, key)) for key in keys}
+    notes = [f'resume: {key} stays {value!r}' for key, value in changes.items()
+             if key in given.given and value != getattr(given, key)]
     return given.replace(**changes), notes
 
 
@@ -94,23 +91,21 @@ def numbers(key, text, least=0, multiple=1):
         if found[0] >= least and not any(n % multiple for n in found):
             return found
     kind = f', multiples of {multiple}' if multiple > 1 else ''
-    raise SystemExit(f'error: {key} must be whole numbers from {least} on{kind}, '
-                     f'separated by commas, not {text!r}')
+    raise SystemExit(f'error: {key} must be whole numbers from {least} on{kind}, not {text!r}')
 
 
 def at_least(settings, **least):
     """Raise SystemExit if a setting is smaller than told."""
     for key, value in least.items():
-        found = getattr(settings, key)
-        require(found >= value, f'{key} must be at least {value}, not {found}')
+        have = getattr(settings, key)
+        require(have >= value, f'{key} must be at least {value}, not {have}')
 
 
 def one_of(settings, **choices):
     """Raise SystemExit if a setting is none of its choices."""
     for key, known in choices.items():
-        found = getattr(settings, key)
-        names = ', '.join(map(repr, known))
-        require(found in known, f'{key} must be one of {names}, not {found!r}')
+        have = getattr(settings, key)
+        require(have in known, f'{key} must be one of {", ".join(map(repr, known))}, not {have!r}')
 
 
 def show(settings):
@@ -127,10 +122,9 @@ def hint(key, known, prefix=''):
 
 def run_file(name, folder):
     """Run a config file, looked for here and in `folder`; return the names it sets, unchecked."""
-    paths = filter(os.path.isfile, (os.path.abspath(name), os.path.join(folder, name)))
-    path = next(paths, None)
-    require(path, f'no setting --key=value and no config file: {name!r}: '
-                  f"{hint(name, glob('config/*.py', root_dir=folder))}")
+    path = next(filter(os.path.isfile, [os.path.abspath(name), os.path.join(folder, name)]), '')
+    near = hint(name, glob('config/*.py', root_dir=folder))
+    require(path, f'{name!r} is no config file and not --key=value: {near}')
     try:
         found = runpy.run_path(path, run_name='__config__')
     except (Exception, SystemExit) as error:
@@ -165,12 +159,12 @@ def _defaults(source):
 
 
 def _read(argv, positional, folder):
-    """List of (origin, key, value): of files ('FILE: '), then of flags ('--', the value is text)."""
+    """[(origin, key, value)] of files ('FILE: '), then of flags ('--', the value is a text)."""
     bare = [item for item in argv if not item.startswith('-')]
-    flags = [item.removeprefix('--') for item in argv if item.startswith('-')]
+    flags = [item for item in argv if item.startswith('-')]
     for flag in flags:
-        require('=' in flag, f'--{flag} has no value: write --{flag}=VALUE')
-    entries = [('--', *flag.split('=', 1)) for flag in flags]
+        require('=' in flag, f'{flag!r} is not --key=value')
+    entries = [('--', *flag.removeprefix('--').split('=', 1)) for flag in flags]
     if not positional:
         return [(f'{name}: ', *setting) for name in bare
                 for setting in run_file(name, folder).items()] + entries
@@ -187,7 +181,7 @@ def _apply(entries, defaults):
             require(is_helper(value), f'unknown key {origin}{key}: {hint(key, defaults, where)}')
             continue
         value = _check(origin, key, value, defaults[key])
-        if value and key.endswith(('dir', 'file', 'state')):
+        if value and f'_{key}'.endswith(('_dir', '_file', '_state')):
             value = os.path.expanduser(value)  # relative in a file: from the script's folder
             value = os.path.abspath(value) if origin == '--' else value
         values[key] = value
@@ -208,8 +202,7 @@ def _check(origin, key, value, default):
         similar = type(found) is kind or {type(found), kind} == {int, float}  # a bool is no int
         if similar and kind(found) == found and (kind is not int or abs(found) < 2 ** 63):
             return kind(found)
-    raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]} '
-                     f'(default {default!r})')
+    raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]}')
 
 
 def _help(sources, positional):
@@ -218,7 +211,7 @@ def _help(sources, positional):
     lines = [f'usage: python {os.path.basename(script.__file__)} {bare} [--key=value ...]']
     lines += [*(script.__doc__ or '').splitlines()[:1], '']
     for source, keys in sources:
-        lines += [] if source is script else ['', f'settings of {source.__name__}', '']
+        lines += [] if source is script else ['', f'settings of {source.__name__}']
         lines += _listing(source, {key: f'--{key}={value!r}' for key, value in keys.items()})
     return '\n'.join(lines).replace('\n\n\n', '\n\n')
 

@@ -6,15 +6,16 @@
 """
 import codecs
 import os
-import signal
+import re
 import sys
 
 import torch
 
 from configurator import at_least, configure
 from lib import checkpoint as ckpt
-from lib import device as machine
-from lib.console import Progress, write
+from lib.console import Progress, require, write
+from lib.device import set_up
+from lib.processes import Stop
 from lib.streaming import new_state, read_, stream
 from prepare import Tokenizer
 
@@ -33,70 +34,44 @@ device = 'auto'       # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 1           # CPU threads; one token at a time leaves no work for more
 
 BLOCK = 1 << 16  # bytes of a prompt that are read at a time, at most
+ESCAPES = {'n': '\n', 't': '\t', '\\': '\\'}  # as one writes them after a backslash
 
 
-class Interrupt:
-    """What Ctrl-C and SIGTERM do: finish the token or block under way, keep the state if asked to,
-    end. Twice: end at once."""
-
-    def __init__(self):
-        self.wanted = self.waiting = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.wanted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.waiting:
-            raise KeyboardInterrupt
-
-    def read(self, raw):
-        """What there is to read, at most a block; nothing at the end, and once one is to stop."""
-        self.waiting = True
-        try:
-            return b'' if self.wanted else raw.read1(BLOCK)
-        except KeyboardInterrupt:
-            return b''
-        finally:
-            self.waiting = False
+def check(s):
+    at_least(s, num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0,
+             threads=0)
+    require(s.top_p <= 1, f'top_p must be at most 1, not {s.top_p}')
+    require(not s.save_state or s.num_samples == 1,
+            'save_state keeps the state of one text: leave num_samples at 1')
+    require(s.start.isascii() or s.start.encode('utf-8', 'replace').decode() == s.start,
+            '--start is not UTF-8: write it in a file, and name that as --start=FILE:path')
+    if s.save_state:
+        ckpt.refuse_to_replace(s.save_state)
 
 
-def prompt_text(s, tokenizer):
-    """The prompt as it was written, its escapes replaced; the default one if it can be read; ''
-    for a file. Raises SystemExit if it holds what is not UTF-8."""
-    default_is_new = 'start' not in s.given and '\n' not in tokenizer.spec.get('chars', '\n')
-    if default_is_new or s.start.startswith('FILE:'):
-        return ''
+def read_bytes(raw):
+    """What there is to read, at most a block; nothing at the end, and once one is to stop."""
+    stop.waiting = True
     try:
-        s.start.encode('utf-8')
-    except UnicodeEncodeError:
-        raise SystemExit('error: --start is not UTF-8: write it in a file, and name that as '
-                         '--start=FILE:path') from None
-    escapes = {'\\n': '\n', '\\t': '\t', '\\\\': '\\'}
-    parts, text = [], s.start
-    while text:
-        known = text[:2] in escapes
-        parts.append(escapes[text[:2]] if known else text[0])
-        text = text[2 if known else 1:]
-    return ''.join(parts)
+        return b'' if stop.signal else raw.read1(BLOCK)
+    except KeyboardInterrupt:
+        return b''
+    finally:
+        stop.waiting = False
 
 
-def file_blocks(name, interrupt):
+def file_blocks(name):
     """A file of UTF-8 as texts of bounded size. Raises SystemExit if it cannot be read."""
     try:
-        if name == '-' and sys.stdin is None:
-            raise OSError(None, 'it is closed')
-        with sys.stdin.buffer if name == '-' else open(os.path.expanduser(name), 'rb') as raw:
+        require(name != '-' or sys.stdin, 'cannot read the prompt: standard input is closed')
+        with sys.stdin.buffer if name == '-' else open(name, 'rb') as raw:
             decoder, held = codecs.getincrementaldecoder('utf-8-sig')(), ''
-            while block := interrupt.read(raw):
+            while block := read_bytes(raw):
                 held += decoder.decode(block)
                 # cut where a word ends: the pieces of GPT-2's tokenizer never reach across
-                ends = (i for i in range(len(held) - 1, 0, -1)
-                        if held[i].isspace() and not held[i - 1].isspace())
-                cut = next(ends, len(held) if len(held) >= BLOCK else 0)
-                if cut:
-                    yield held[:cut]
+                ends = [match.start() for match in re.finditer(r'(?<=\S)\s', held)]
+                cut = ends[-1] if ends else len(held) // BLOCK * len(held)
+                yield held[:cut]
                 held = held[cut:]
             yield held + decoder.decode(b'', final=True)
     except (OSError, ValueError) as error:
@@ -104,110 +79,85 @@ def file_blocks(name, interrupt):
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
 
-def read_file(name, model, tokenizer, state, interrupt):
+def read_file(name):
     """Read a file into the state, block by block, and tell how far it is."""
-    path = os.path.expanduser(name)
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    progress, characters, done = Progress(f'reading {name}', size or sys.maxsize, 'bytes'), 0, 0
-    for block in file_blocks(name, interrupt):
-        read_text(block, model, tokenizer, state, characters)
-        characters, done = characters + len(block), done + len(block.encode())
-        progress.at(done, f'{int(state.read[0]):,} tokens')
+    name = os.path.expanduser(name)
+    size = os.path.getsize(name) if os.path.isfile(name) else sys.maxsize
+    progress, characters = Progress(f'reading {name}', max(1, size), 'bytes'), 0
+    for block in file_blocks(name):
+        read_text(block, characters)
+        characters += len(block)
+        progress.at(progress.done + len(block.encode()), f'{int(state.read[0]):,} tokens')
     progress.close()
 
 
-def read_text(text, model, tokenizer, state, characters=0):
-    device = state.logits.device
-    read_(model, torch.tensor([tokenizer.encode(text, characters)], dtype=torch.int64,
-                              device=device), state)
+def read_text(text, characters=0):
+    idx = torch.tensor([tokenizer.encode(text, characters)], dtype=torch.int64, device=device)
+    read_(model, idx, state)
 
 
-def first_state(s, model, generator):
-    """A fresh state, or the one to go on from, and its random numbers unless a seed is given."""
-    if not s.load_state:
-        return new_state(model)
-    state = ckpt.load_state(s.load_state, model, None if s.seed else generator)
-    if len(state) != 1:
-        raise SystemExit(f'error: {s.load_state} holds {len(state)} rows; sample.py goes on from '
-                         f'one')
-    return state
-
-
-def write_sample(s, model, tokenizer, state, generator, interrupt):
+def write_sample(state):
     """Print a continuation token by token, as it comes; the state reads along."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')  # characters of several tokens
-    nothing = torch.zeros(1, 0, dtype=torch.int64, device=state.logits.device)
-    tokens = stream(model, nothing, state, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-                    generator)
-    for token in tokens:
+    nothing = torch.zeros(1, 0, dtype=torch.int64, device=device)
+    for token in stream(model, nothing, state, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
+                        generator):
         write(sys.stdout, decoder.decode(tokenizer.decode_bytes([token.item()])))
-        if interrupt.wanted:
+        if stop.signal:
             break
     write(sys.stdout, decoder.decode(b'', final=True) + '\n')
 
 
-def check(s):
-    at_least(s, num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0,
-             threads=0)
-    if s.top_p > 1:
-        raise SystemExit(f'error: top_p must be at most 1, not {s.top_p}')
-    if s.save_state and s.num_samples > 1:
-        raise SystemExit('error: save_state keeps the state of one text: leave num_samples at 1')
-    if s.save_state:
-        ckpt.refuse_to_replace(s.save_state)
+def write_samples():
+    prompt = '' if s.start.startswith('FILE:') else text
+    for i in range(s.num_samples):
+        write(sys.stdout, '-' * 40 + '\n' if i else '')
+        if s.max_new_tokens and not stop.signal:
+            write(sys.stdout, prompt)
+            write_sample(state.clone() if i + 1 < s.num_samples else state)
 
 
-def load_all(s):
-    """The model, its tokenizer, and the path of its checkpoint. Raises SystemExit without one."""
-    path = ckpt.find_file(s.out_dir or ckpt.newest_run('text'))
-    saved = ckpt.load(path, machine.pick_device(s.device))
-    if not saved.get('tokenizer'):
-        raise SystemExit(f'error: {path} holds no vocabulary: name a run of train.py on text with '
-                         f'--out_dir; it gives one to the weights of another program, too, by '
-                         f'--init_from=PATH --max_iters=0')
-    tokenizer = Tokenizer(saved['tokenizer'])
-    vocab_size = min(saved['model_args']['vocab_size'], tokenizer.vocab_size)  # beyond is padding
-    model = ckpt.load_model(saved, device=machine.pick_device(s.device), vocab_size=vocab_size)
-    corpus = (saved.get('data') or {}).get('dataset', 'an unnamed corpus')
-    print(f"{os.path.relpath(path)}: {saved['model_type']}, trained on {corpus}", file=sys.stderr)
-    return model.eval(), tokenizer
+# --- the model ------------------------------------------------------------------------------------
+s = configure(globals())
+check(s)
+device = set_up(s.device, s.threads, products='torch')
+path = ckpt.find_file(s.out_dir or ckpt.newest_run('text'))
+saved = ckpt.load(path, device)
+require(saved.get('tokenizer'), f'{path} holds no vocabulary: name a run of train.py on text with '
+        f'--out_dir; it gives one to the weights of another program, too, by --init_from=PATH '
+        f'--max_iters=0')
+tokenizer = Tokenizer(saved['tokenizer'])
+vocab_size = min(saved['model_args']['vocab_size'], tokenizer.vocab_size)  # beyond is padding
+model = ckpt.load_model(saved, device=device, vocab_size=vocab_size).eval()
+corpus = (saved.get('data') or {}).get('dataset', 'an unnamed corpus')
+write(sys.stderr, f"{os.path.relpath(path)}: {saved['model_type']}, trained on {corpus}\n")
 
-
-def main(s):
-    check(s)
-    machine.set_threads(s.threads)
-    model, tokenizer = load_all(s)
-    prompt, is_file = prompt_text(s, tokenizer), s.start.startswith('FILE:')
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(s.seed or 1337)
-    interrupt, state = Interrupt(), None
-    try:
-        state = first_state(s, model, generator)
-        if is_file:
-            read_file(s.start[5:], model, tokenizer, state, interrupt)
-        else:
-            read_text(prompt, model, tokenizer, state)
-        for i in range(s.num_samples):
-            if i:
-                write(sys.stdout, '-' * 40 + '\n')
-            own = state.clone() if i + 1 < s.num_samples else state
-            if s.max_new_tokens and not interrupt.wanted:
-                write(sys.stdout, prompt)
-                write_sample(s, model, tokenizer, own, generator, interrupt)
-    except FloatingPointError as error:
-        raise SystemExit(f"error: {error}: the model's weights give no number there; a state saved "
-                         f'before is still good') from None
-    except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
-        kept = ''
-        if s.save_state and state and state.read[0]:
-            ckpt.save_state(s.save_state, state, model, generator)
-            kept = f'; {s.save_state} holds the {int(state.read[0]):,} tokens before'
-        raise SystemExit(f'{error}{kept}') from None
-    if s.save_state:
+# --- read and write -------------------------------------------------------------------------------
+text = re.sub(r'\\([nt\\])', lambda match: ESCAPES[match[1]], s.start)
+if 'start' not in s.given and '\n' not in tokenizer.spec.get('chars', '\n'):
+    text = ''  # the default prompt is not for a vocabulary without line ends
+generator = torch.Generator(device).manual_seed(s.seed or 1337)
+state = new_state(model)
+if s.load_state:
+    state = ckpt.load_state(s.load_state, model, None if s.seed else generator)
+    require(len(state) == 1, f'{s.load_state} holds {len(state)} rows; sample.py goes on from one')
+stop = Stop()
+try:
+    if s.start.startswith('FILE:'):
+        read_file(s.start[5:])
+    else:
+        read_text(text)
+    write_samples()
+except FloatingPointError as error:
+    raise SystemExit(f"error: {error}: the model's weights give no number there; a state saved "
+                     f'before is still good') from None
+except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
+    kept = ''
+    if s.save_state and state.read[0]:
         ckpt.save_state(s.save_state, state, model, generator)
-        size = os.path.getsize(s.save_state)
-        write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, {size:,} '
-                          f'bytes\n')
-
-
-if __name__ == '__main__':
-    main(configure(globals()))
+        kept = f'; {s.save_state} holds the {int(state.read[0]):,} tokens before'
+    raise SystemExit(f'{error}{kept}') from None
+if s.save_state:
+    ckpt.save_state(s.save_state, state, model, generator)
+    write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '
+                      f'{os.path.getsize(s.save_state):,} bytes\n')

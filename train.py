@@ -154,7 +154,7 @@ def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
     again goes, a finished run's last evaluation too."""
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
-    return s.init_from == 'resume' and record.get('iter', math.inf) + again <= run.done
+    return record.get('iter', math.inf) + again <= run.done
 
 
 def evaluate():
@@ -295,7 +295,7 @@ if s.init_from == 'resume':
     for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
         set_random_state(state, device)
 made_by = {**provenance(device), 'processes': WORLD}
-from_writer(lambda: ckpt.open_run(out_dir, keep_of_log))
+from_writer(lambda: ckpt.open_run(out_dir, keep_of_log if s.init_from == 'resume' else None))
 write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),
           **job.data, **made_by)
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "

@@ -19,7 +19,7 @@ runs = {
 }
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 96'
-probe = dict(histories='0,12,24,36,48,72,84', swaps='', targets=2500, words=1000,
+probe = dict(histories='0,12,24,36,48,72,84', targets=2500, words=1000,
              bins='24,48,72,150')
 prompts = ['ROMEO:\n', 'First Citizen:\nWe are ']
 new_tokens = 60

@@ -20,7 +20,7 @@ runs = {
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 384'
 # histories that leave the segment room in a window of 384, so that no window need slide
-probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', swaps='', targets=5000,
+probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', targets=5000,
              words=1500, bins='24,48,96,150,336')
 prompts = ['def read(self, ', 'import os\n']
 new_tokens = 200

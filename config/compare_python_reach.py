@@ -28,6 +28,6 @@ ablations = {
     '192 channels': dict(n_embd=192),
 }
 # histories that leave the segment room in a window of 384, as in compare_python_long.py
-probe = dict(histories='0,12,24,48,72,96,144,168,192,300', swaps='', targets=4000, words=1500,
+probe = dict(histories='0,12,24,48,72,96,144,168,192,300', targets=4000, words=1500,
              bins='24,48,96,150,336')
 prompts = []

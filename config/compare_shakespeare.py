@@ -31,6 +31,6 @@ ablations = {
     'segments of 48': dict(segment_size=48),
 }
 # settings of probe.py
-probe = dict(histories='0,12,24,36,48,72,96,144,192', swaps='', targets=500, words=50)
+probe = dict(histories='0,12,24,36,48,72,96,144,192', targets=500, words=50)
 prompts = ['ROMEO:\n', 'First Citizen:\nWe are ']
 new_tokens = 200             # that each model writes after each prompt

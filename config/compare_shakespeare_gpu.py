@@ -17,6 +17,6 @@ runs = {
 }
 full_window = 'GPT, window 256'  # that the first of the runs is compared with
 # settings of probe.py
-probe = dict(histories='0,12,24,36,48,72,96,144,192,264,384', swaps='', targets=2000, words=200)
+probe = dict(histories='0,12,24,36,48,72,96,144,192,264,384', targets=2000, words=200)
 prompts = ['ROMEO:\n', 'First Citizen:\nWe are ']
 new_tokens = 200          # that each model writes after each prompt

@@ -16,7 +16,7 @@ import zipfile
 
 import torch
 
-from lib.console import write
+from lib.console import require, write
 from lib.contract import make_model, model_args
 from lib.files import temporary_name, write_file
 from lib.records import ROOT
@@ -64,8 +64,7 @@ def read_file(path, kind, device='cpu'):
                 reason = 'holds objects of another program'
             raise SystemExit(f'error: {path} is not a readable {kind}: it {reason} '
                              f'({type(error).__name__})') from None
-    if not isinstance(content, dict):
-        raise SystemExit(f'error: {path} is not a {kind}: it holds a {type(content).__name__}')
+    require(isinstance(content, dict), f'{path} is not a {kind}: it holds no dictionary')
     return content
 
 
@@ -76,9 +75,8 @@ def load(path, device='cpu'):
                   **read_file(path, 'checkpoint', device)}
     wrong = [key for key, kind in KINDS.items()
              if not isinstance(checkpoint.get(key, kind()), kind)]
-    if wrong or type(checkpoint['model_args'].get('vocab_size')) is not int:
-        raise SystemExit(f'error: {path} is not a checkpoint: its {[*wrong, "model_args"][0]!r} is '
-                         f'missing or damaged')
+    require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '
+            f'a checkpoint: its {[*wrong, "model_args"][0]!r} is missing or damaged')
     return checkpoint
 
 
@@ -87,8 +85,7 @@ def load_to_resume(folder):
     SystemExit, with the way on, if it is damaged or not from train.py."""
     best, last = (os.path.join(folder, name) for name in FILES)
     path = last if os.path.exists(last) or not os.path.exists(best) else best
-    if not os.path.exists(path):
-        raise SystemExit(f'error: no run to resume in {folder}; {TRAIN_FIRST}')
+    require(os.path.exists(path), f'no run to resume in {folder}; {TRAIN_FIRST}')
     try:
         checkpoint = load(path)
     except SystemExit as error:
@@ -97,9 +94,9 @@ def load_to_resume(folder):
                              f'from it, or start with --init_from={best}') from None
         raise
     for key, kind in TO_RESUME.items():
-        if not isinstance(checkpoint.get(key), kind) or key == 'config' and not checkpoint[key]:
-            raise SystemExit(f'error: {path} cannot be resumed: {key!r} is missing, as if another '
-                             f'program wrote it; --init_from={path} starts from its weights')
+        require(isinstance(checkpoint.get(key), kind) and (key != 'config' or checkpoint[key]),
+                f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
+                f'--init_from={path} starts from its weights')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
@@ -107,11 +104,8 @@ def load_to_resume(folder):
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
-    padded vocabulary to the model's own.
-
-    Takes what nanoGPT saves, too: the prefixes of compiled and of parallel models, the causal masks
-    of its oldest versions, a tied output matrix left out. Raises ValueError if they do not fit.
-    """
+    padded vocabulary to the model's own. Takes what nanoGPT saves, too: prefixes of compiled and
+    parallel models, causal masks, no tied output matrix. Raises ValueError if they do not fit."""
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
                for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     own = model.state_dict()
@@ -127,12 +121,10 @@ def load_weights(model, state_dict):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
         raise ValueError(f'the checkpoint {side} {name}: {remedy}')
     for name, value in weights.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f'{name} is {tuple(value.shape)} in the checkpoint and '
-                             f'{tuple(own[name].shape)} here: take the same sizes, and no longer '
-                             f'window or segment')
-        if not value.isfinite().all():
-            raise ValueError(f'{name} of the checkpoint is not finite: take an earlier one')
+        then, now = tuple(value.shape), tuple(own[name].shape)
+        require(then == now, f'{name} is {then} in the checkpoint and {now} here: take the same '
+                             f'sizes, and no longer window or segment')
+        require(value.isfinite().all(), f'{name} of the checkpoint is not finite: take an earlier')
     model.load_state_dict(weights)
 
 
@@ -206,11 +198,9 @@ def refuse_to_replace(path):
 
 def read_state(path):
     """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
-    if not os.path.isfile(path):
-        raise SystemExit(f'error: no state file at {path} (--save_state=PATH writes one)')
+    require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
     content = read_file(path, 'state')
-    if not {'model', 'state', 'rng'} <= content.keys():
-        raise SystemExit(f'error: {path} is no state')
+    require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
     return content
 
 
@@ -219,8 +209,8 @@ def load_state(path, model, generator=None):
     same kind of device. Raises SystemExit if the file is missing or damaged, or if another model
     wrote it."""
     content = read_state(path)
-    if content['model'] != fingerprint(model):
-        raise SystemExit(f'error: {path} is not a state of this model: name its run with --out_dir')
+    require(content['model'] == fingerprint(model),
+            f'{path} is not a state of this model: name its run with --out_dir')
     try:
         state = Rows(**content['state'])
         for name, value in vars(new_state(model, len(state))).items():
@@ -246,14 +236,26 @@ def look(x):
 
 def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
-    says so; if none does, its other files go. Raises SystemExit if that cannot be done."""
+    says so; without keep a run starts anew, and the files of another go. Raises SystemExit if that
+    cannot be done."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    if os.path.exists(path):
-        with open(path, 'rb') as f:
-            lines = [line for line in f if line.endswith(b'}\n')]  # a kill may have torn the last
-    lines = [line for line in lines if keep(json.loads(line))]
-    gone = () if lines else (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
-    for name in os.listdir(folder):
-        if name in gone or name.endswith('.tmp'):  # left by a process that was killed
-            os.remove(os.path.join(folder, name))
+    gone = () if keep else (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
+    try:
+        for name in os.listdir(folder):
+            if name in gone or name.endswith('.tmp'):  # left by a process that was killed
+                os.remove(os.path.join(folder, name))
+        if keep and os.path.exists(path):
+            with open(path, 'rb') as f:
+                lines = [line for line in f if keep(record_of(line))]
+    except OSError as error:
+        raise SystemExit(f'error: cannot open {error.filename}: {error.strerror}; --out_dir=PATH '
+                         f'goes elsewhere') from None
     write_file(path, lambda f: f.writelines(lines))
+
+
+def record_of(line):
+    """The record in a line of a log, nothing if a kill tore it."""
+    try:
+        return dict(json.loads(line)) if line.endswith(b'\n') else {}
+    except (ValueError, TypeError):
+        return {}

@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib.console import require
 from lib.rows import rowwise
 from models import MODELS
 
@@ -42,34 +43,30 @@ def carries(model):
 
 
 def make_model(model_type, sizes):
-    """A fresh model of MODELS, from a dictionary that holds at least the keys of its config.
-
-    Raises SystemExit, in one line, for an unknown type or for sizes that no model can have.
-    """
+    """A fresh model of MODELS, from a dictionary with the keys of its config. Raises SystemExit for
+    an unknown type or for sizes that no model can have."""
     config_class, model_class = find_model(model_type)
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
     for field in fields(config_class):
         least = 0 if field.name == 'n_local' else 1
-        if field.type is int and given.get(field.name, least) < least:
-            raise SystemExit(f'error: {field.name} must be at least {least}, '
-                             f'not {given[field.name]}')
-    if not 0 <= given.get('dropout', 0) < 1:
-        raise SystemExit(f"error: dropout must lie in [0, 1), not {given['dropout']}")
+        value = given.get(field.name, least)
+        require(field.type is not int or value >= least,
+                f'{field.name} must be at least {least}, not {value}')
+    dropout = given.get('dropout', 0)
+    require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:
         return model_class(config_class(**given))
     except (TypeError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None
     except RuntimeError as error:  # the allocator's
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f'error: no memory for this model ({reason[:80]}): make n_embd or the '
+        raise SystemExit(f'error: no memory for this model ({str(error)[:60]}): make n_embd or the '
                          f'number of layers smaller') from None
 
 
 def find_model(model_type):
     """The config's and the model's class. Raises SystemExit for an unknown type."""
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        known = ', '.join(map(repr, MODELS))
-        raise SystemExit(f'error: model_type must be one of {known}, not {model_type!r}')
+    require(isinstance(model_type, str) and model_type in MODELS,
+            f'model_type must be one of {", ".join(map(repr, MODELS))}, not {model_type!r}')
     return MODELS[model_type]
 
 
@@ -95,9 +92,9 @@ def flops_per_token(model, T):
 
 def adamw(model, weight_decay, learning_rate, betas, device):
     """AdamW in two groups: matrices and embeddings decay, biases and layer norms do not."""
-    groups = [{'params': [p for p in model.parameters() if p.dim() >= 2],
-               'weight_decay': weight_decay},
-              {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
-    groups = [group for group in groups if group['params']]
+    matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) is kind]
+                        for kind in (True, False))
+    groups = [{'params': some, 'weight_decay': decay}
+              for some, decay in ((matrices, weight_decay), (others, 0.0)) if some]
     fused = device.split(':')[0] in ('cpu', 'cuda')
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from lib.console import require
 from model import Block
 
 PRODUCTS = 'auto', 'onednn', 'torch'
@@ -44,9 +45,8 @@ def usable_cores():
 def set_threads(threads):
     """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
     can use."""
-    if threads > max(64, usable_cores()):
-        raise SystemExit(f'error: threads={threads} is more than this machine can use, which has '
-                         f'{usable_cores()} cores: --threads=0 leaves it to torch')
+    require(threads <= max(64, usable_cores()), f'threads={threads} is more than this machine can '
+            f'use, which has {usable_cores()} cores: --threads=0 leaves it to torch')
     if threads:
         torch.set_num_threads(threads)
 

@@ -21,6 +21,7 @@ import os
 import re
 import statistics
 from glob import glob
+from pathlib import Path
 
 from lib.console import require
 from lib.pictures import curves, digest
@@ -112,27 +113,23 @@ def make(page, pictures, match):
     return marker + f'![{given["title"]}]({path})\n' + end
 
 
-def read(path):
-    with open(path, 'rb') as f:
-        return f.read()
-
-
 def stale():
     """What is not as results/ has it: ({page: its text}, {path of a picture: what it shows})."""
     texts, pictures = {}, {}
     for page in [os.path.join(ROOT, 'README.md'), *glob(os.path.join(ROOT, 'docs', '*.md'))]:
-        old = read(page).decode()
+        old = Path(page).read_text('utf-8')
         new = BLOCK.sub(functools.partial(make, page, pictures), old)
         texts.update({page: new} if new != old else {})
-    return texts, {path: shown for path, shown in pictures.items()
-                   if not os.path.exists(path) or digest(*shown).encode() not in read(path)}
+    for path, shown in [*pictures.items()]:
+        if os.path.exists(path) and digest(*shown).encode() in Path(path).read_bytes():
+            del pictures[path]
+    return texts, pictures
 
 
 if __name__ == '__main__':
     texts, pictures = stale()
     for page, text in texts.items():
-        with open(page, 'w', encoding='utf-8') as f:
-            f.write(text)
+        Path(page).write_text(text, 'utf-8')
     for path, shown in pictures.items():
         curves(path, *shown)
     print('made anew:', *(os.path.relpath(path, ROOT) for path in [*texts, *pictures]))

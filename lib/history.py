@@ -27,7 +27,7 @@ def probe_text(model, saved, p, device):
     progress.close()
     mean, error = mean_and_error(losses)
     require(mean < float('inf'), f'the loss is {mean}: the weights are damaged: train anew')
-    spread = '' if error is None else f' +- {error:.4f}'
+    spread = f' +- {error:.4f}' if error else ''
     say(f'loss {mean:.4f}{spread} nats per token, over all of {len(losses):,} tokens')
     progress = Progress('loss by history', len(starts) * sum(lengths) + 2 * p.words * sum(borders))
 
@@ -44,8 +44,7 @@ def probe_text(model, saved, p, device):
     used = [point for point in curves['worth of longer history']['points']
             if point['value'] >= USEFUL]
     kept = used[-1] if used else {'x': None, 'value': None}
-    text = '{x}; longer history is worth {value:.4f} [{low:.4f}, {high:.4f}]' if used else 'none'
-    say('\npreserved context: ' + text.format(**kept))
+    say(f"\npreserved context: {kept['x'] if used else 'none'}")
     return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
             'metrics': {'loss': metric(mean, error, len(losses)),
                         'preserved context': metric(kept['x'], n=len(starts) * size),
@@ -66,8 +65,8 @@ def read_text(saved, p):
     else:
         folder = os.path.join(ROOT, p.data_dir, dataset)
         meta = load_meta(folder)
-        known = {'sha256': saved['data']['sha256'], 'tokenizer': saved['tokenizer']}
-        require(known == {key: meta[key] for key in known},
+        known = saved['data']['sha256'], saved['tokenizer']
+        require((meta['sha256'], meta['tokenizer']) == known,
                 f'{folder} has another text or tokenizer than the model: prepare that again')
         ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
     tokens = torch.from_numpy(ids.astype(np.int64))

@@ -8,36 +8,28 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lib.console import require
 
-def from_environment(key, value):
-    text = os.environ.get(key) or value
-    if not text.isdigit():
-        raise SystemExit(f'error: the environment has {key}={text!r}, which torchrun sets to a '
-                         f'number: unset it')
-    return int(text)
-
-
-RANK = from_environment('RANK', '0')
-LOCAL_RANK = from_environment('LOCAL_RANK', '0')
-WORLD = from_environment('WORLD_SIZE', '1')
-if RANK >= WORLD:
-    raise SystemExit(f'error: the environment has RANK={RANK} and WORLD_SIZE={WORLD}: unset RANK, '
-                     f'or start with torchrun')
+texts = [os.environ.get(key) or usual
+         for key, usual in (('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'))]
+require(all(text.isdigit() for text in texts) and int(texts[0]) < int(texts[2]),
+        'the environment has RANK={}, LOCAL_RANK={}, WORLD_SIZE={}: unset them, or start with '
+        'torchrun, which sets them'.format(*texts))
+RANK, LOCAL_RANK, WORLD = map(int, texts)
 
 
 def join(device):
     """Meet the other processes: one GPU each with nccl, else gloo. Returns this one's device."""
     if WORLD == 1:
         return device
-    if 'MASTER_ADDR' not in os.environ:
-        raise SystemExit(f'error: WORLD_SIZE={WORLD} is set, but not by torchrun: unset it, or '
-                         f'start with torchrun')
+    require('MASTER_ADDR' in os.environ, f'WORLD_SIZE={WORLD} is set, but not by torchrun: unset '
+            f'it, or start with torchrun')
     if RANK:
         sys.stdout = open(os.devnull, 'w')  # one process prints
     cuda = device.startswith('cuda')
-    if not cuda and device != 'cpu' or cuda and LOCAL_RANK >= torch.cuda.device_count():
-        raise SystemExit(f'error: process {LOCAL_RANK} finds no device of its own on {device!r}: '
-                         f'start as many as there are GPUs, or take --device=cpu')
+    require(device == 'cpu' or cuda and LOCAL_RANK < torch.cuda.device_count(),
+            f'process {LOCAL_RANK} finds no device of its own on {device!r}: start as many as '
+            f'there are GPUs, or take --device=cpu')
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
     # others wait while one evaluates; small things go by gloo even where gradients go by nccl
@@ -48,11 +40,8 @@ def join(device):
 
 
 def leave():
-    """End this process, when the run is done, if it is one of several.
-
-    Not through the interpreter's own end: a thread of gloo's that lets go of its last tensor then,
-    which needs the interpreter, aborts the process (seen in 4 of 60 short runs on a busy machine).
-    """
+    """End this process, when the run is done, if it is one of several: not through the
+    interpreter's own end, in which a thread of gloo's can abort it (4 of 60 short runs did)."""
     if WORLD > 1:
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -72,13 +61,11 @@ def average_gradients(model):
     if WORLD == 1:
         return
     for p in model.parameters():  # one process may have met a parameter that another has not
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in model.parameters()]
-    flat = torch.cat([grad.flatten() for grad in grads]) / WORLD
-    dist.all_reduce(flat)
-    for grad, mean_grad in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(mean_grad.view_as(grad))
+    flat = mean(torch.cat([grad.flatten() for grad in grads]))
+    for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(averaged.view_as(grad))
 
 
 def sum_over(value):
@@ -125,26 +112,25 @@ def from_all(value):
 
 class Stop:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop; a second one ends the process.
-
-    Under torchrun, which itself sends on what it gets and kills after half a minute, further ones
-    are not counted.
-    """
-    SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-               if hasattr(signal, name)]
+    Not so under torchrun, which sends on what it gets, and kills after half a minute."""
 
     def __init__(self):
-        self.signal = 0
-        for number in self.SIGNALS:
+        self.signal, self.waiting = 0, False
+        known = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
+        self.numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's
+        for number in self.numbers:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.signal = number
         if WORLD == 1:
             self.done()
+        if self.waiting:  # for input that may never come
+            raise KeyboardInterrupt
 
     def done(self):
-        """Answer signals as usual again."""
-        for number in self.SIGNALS:
+        """Answer signals as usual."""
+        for number in self.numbers:
             usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, usual)
 

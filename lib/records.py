@@ -6,12 +6,14 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 import model
 from lib.console import require
 from lib.device import cpu_info
+from lib.files import write_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {'what': str, 'command': str, 'commit': str, 'date': str, 'hardware': str, 'seeds': list,
@@ -88,21 +90,13 @@ def save_record(path, record):
     require(is_record(record), f'{path} would be no record as lib/records.py has it')
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(temporary, 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {path}: {error}') from None
+    write_file(path, lambda f: f.write(text.encode()))
 
 
 def load_record(path):
     """What save_record wrote. Raises SystemExit if it is missing, not JSON, or no record."""
     try:
-        with open(path, encoding='utf-8') as f:
-            record = json.load(f)
+        record = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise SystemExit(f'error: cannot read {path}: {error}') from None
     require(is_record(record), f'{path} is no record as lib/records.py has it')

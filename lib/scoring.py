@@ -11,11 +11,9 @@ BLOCKS = 100       # contiguous stretches of tokens behind a standard error
 
 @torch.no_grad()
 def token_losses(model, tokens, at=lambda done: None):
-    """The loss of every token of a text but the first, given the text before it.
-
-    tokens (N,) int64 on the model's device, N >= 2; at(done) is told how many have been read.
-    Returns (N - 1,) float32 nats of tokens[1:], on the CPU. The model's mode is left as it was.
-    """
+    """The loss of every token of a text but the first, given the text before it: (N - 1,) float32
+    nats on the CPU. tokens (N,) int64 on the model's device, N >= 2; at(done) is told how many have
+    been read. The model's mode is left as it was."""
     was_training = model.training
     model.eval()
     losses = (stream_losses if carries(model) else window_losses)(model, tokens, at)
@@ -38,8 +36,8 @@ def stream_losses(model, tokens, at):
 
 
 def window_losses(model, tokens, at):
-    """token_losses of a model without a carry: windows of W tokens with a stride of half that, of
-    which the first scores all its tokens, the others their second half: no token starts cold."""
+    """token_losses of a model without a carry: windows with a stride of half their width W, which
+    score their second half (the first window all of itself): no token starts cold."""
     n, W = len(tokens) - 1, model.config.block_size
     stride, rows = max(1, W // 2), max(1, tokens_per_call(model) // W)
     windows = F.pad(tokens, (0, max(W - n, (W - n) % stride))).unfold(0, W + 1, stride)
@@ -52,22 +50,20 @@ def window_losses(model, tokens, at):
 
 @torch.no_grad()
 def last_losses(model, rows, n):
-    """The loss of the last n tokens of each row, given nothing but what is before them in the row.
-
-    rows (M, T + 1) int64 on the device of the model, which is in eval mode. A model with a carry
-    counts its units from the row's start. Returns (M, n) float64 nats on the CPU.
-    """
+    """The loss of the last n tokens of each row, given nothing but what is before them in the row:
+    (M, n) float64 nats on the CPU. rows (M, T + 1) int64 on the device of the model, which is in
+    eval mode. A model with a carry counts its units from the row's start."""
     T, W, keeps = rows.size(1) - 1, model.config.block_size, carries(model)
     size = max(1, tokens_per_call(model) // T)
     if len(rows) > size:
         return torch.cat([last_losses(model, some, n) for some in rows.split(size)])
     if T > W and not keeps:
-        late = min(n, T - W)  # targets beyond the row's first window: a window for each
-        windows = rows[:, T - late - W + 1:].unfold(1, W + 1, 1).reshape(-1, W + 1)
-        found = [last_losses(model, windows, 1).view(len(rows), late)]
-        if n > late:
-            found.insert(0, last_losses(model, rows[:, :W + 1], n - late))
-        return torch.cat(found, dim=1)
+        early = n - (T - W)  # targets that the row's first window holds
+        if early > 0:
+            parts = (rows[:, :W + 1], early), (rows, n - early)
+            return torch.cat([last_losses(model, *part) for part in parts], dim=1)
+        windows = rows[:, T - n - W + 1:].unfold(1, W + 1, 1)  # (M, n, W + 1): one for each target
+        return last_losses(model, windows.reshape(-1, W + 1), 1).view(len(rows), n)
     start = (T - n) // unit(model) * unit(model) if keeps else 0  # before it, no costly logits
     carry = model(rows[:, :start])[2] if start else None
     logits = model(rows[:, start:-1], None if n == 1 else rows[:, start + 1:], carry)[0]

@@ -1,13 +1,16 @@
 """The benchmark: its records and ratios, the processes of its sides, and what it refuses."""
+import os
+import signal
+import subprocess
 import sys
-from contextlib import nullcontext
+import time
 
 import pytest
 
 import bench
 from configurator import configure
 from lib import records
-from lib.bench_sides import at_work
+from lib.bench_sides import in_process
 
 FLAGS = ['--sizes=1+1x16x2', '--segment_size=4', '--batch_size=4', '--window=8', '--rounds=2',
          '--starts=2', '--steps=1', '--threads=1', '--block_sizes=4,8,16', '--device=cpu']
@@ -17,7 +20,7 @@ FLAGS = ['--sizes=1+1x16x2', '--segment_size=4', '--batch_size=4', '--window=8',
 def measure(monkeypatch, tmp_path):
     """measure('speed', '--key=value', side=iter([...])): the record; sides give what is listed."""
     def measure(part, *flags, **answers):
-        monkeypatch.setattr(bench, 'at_work', lambda job, *n: nullcontext(answers[job[1]].__next__))
+        monkeypatch.setattr(bench, 'in_process', lambda *job: next(answers[job[1]]))
         monkeypatch.setattr(records, 'ROOT', str(tmp_path))
         bench.main(configure(vars(bench), [*FLAGS, '--sides=fold,gpt', f'--parts={part}', *flags]))
         return records.load_record(tmp_path / 'out' / f'{part}.json')
@@ -36,12 +39,12 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
 
 
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
-    """A fold of 2 FLOPs where the GPT has 1: 2 * median(0.5, 0.7), then 2 * median(0.1, 0.2)."""
+    """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
     monkeypatch.setattr(bench, 'flops_per_token', lambda model, T: 2 if model.unit > 1 else 1)
-    found = measure('speed', fold=iter([9, 5, 7, 9, 2, 8]), gpt=iter([1, 10, 10, 1, 20, 40]))
+    found = measure('speed', fold=iter([5, 2]), gpt=iter([10, 20]))
     value = found['metrics']['1+1x16x2 fold, efficiency']
-    assert [value[key] for key in ('value', 'low', 'high')] == pytest.approx([0.75, 0.3, 1.2])
-    assert found['metrics']['1+1x16x2 fold, tokens per second']['value'] == 5.5
+    assert [value[key] for key in ('value', 'low', 'high')] == pytest.approx([0.6, 0.2, 1])
+    assert found['metrics']['1+1x16x2 fold, tokens per second']['value'] == 3.5
     found = measure('memory', '--starts=3', '--memory_limit_gb=0.1', gpt=map(sys.exit, ['full']),
                     fold=iter([[9, 19], [10, 30], [9, 12], [9, 60], [9, 10], [9, 20]]))
     points = [(p['x'], p['value'], p['n']) for p in found['curves']['fold']['points']]
@@ -51,18 +54,32 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
 
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
-    with at_work(['speed', 'fold truncated', '1+1x16x2', 8, s], 2) as ask:
-        assert ask() > 0 and ask() > 0
-    with at_work(['memory', 'fold recomputed', '1+1x16x2', 1600, s]) as ask:
-        before, after = ask()
-        assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
-    with at_work(['speed', 'fold', '1+1x16x3', 8, s]) as ask:
-        pytest.raises(SystemExit, ask).match('^error: fold at 1.1x16x3, 8 tokens, ended: System')
+    assert in_process('speed', 'fold truncated', '1+1x16x2', 8, s) > 0
+    before, after = in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
+    assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
+    why = '^error: fold at 1.1x16x3, 8 tokens, ended: .*n_head'
+    with pytest.raises(SystemExit, match=why) as ended:
+        in_process('speed', 'fold', '1+1x16x3', 8, s)
+    assert '\n' not in str(ended.value)
+
+
+def test_ctrl_c_leaves_no_process(tmp_path):
+    flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
+    process = subprocess.Popen([sys.executable, 'bench.py', *flags], cwd=records.ROOT, text=True,
+                               stderr=subprocess.PIPE)
+    children = f'/proc/{process.pid}/task/{process.pid}/children'
+    while not (side := open(children).read().split()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # the side is at work, or loads torch
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == 'stopped\n'
+    pytest.raises(ProcessLookupError, os.kill, int(side[0]), 0)
 
 
 @pytest.mark.parametrize('flag, why', [
-    ('parts=speeds', 'none of generation, speed'), ('steps=0', 'steps must be at least 1'),
-    ('processes=3', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
+    ('parts=speeds', 'of generation, speed'), ('steps=0', 'steps must be at least 1'),
+    ('batch_size=0', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
     ('sizes=2+2', '2+2x128x4'), ('sides=fold slow', "'truncated' or"), ('contexts=0', 'contexts'),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])
 def test_bad_settings_are_refused_in_a_line(run, flag, why):

@@ -29,7 +29,7 @@ runs = {'fold': {}, 'GPT, window 12': {'model_type': 'gpt', 'block_size': 12, 'b
                                        'stretch': 24}}
 same_window = 'GPT, window 12'
 ablations = {'as it is': {}, 'segments of 6': {'segment_size': 6}}
-probe = {'histories': '0,12,24', 'swaps': '', 'targets': 4, 'words': 9, 'resamples': 20,
+probe = {'histories': '0,12,24', 'targets': 4, 'words': 9, 'resamples': 20,
          'bins': '96,192,480'}
 prompts = ['1 ape']
 new_tokens = 12

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import Settings, at_least, configure, merge, numbers, show
+from configurator import Settings, at_least, configure, merge, numbers, one_of, show
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = '''"""Train a thing.\n\nMore words."""
@@ -18,7 +18,6 @@ out_dir = 'out'     # where checkpoints go
 # model
 batch_size = 12     # rows of a batch,
                     # all of one length
-# share of activations dropped
 dropout = 0.1
 compile = False     # "#" is no comment inside a string
 name = 'a # b'
@@ -35,8 +34,9 @@ input and output
   --out_dir='out'  where checkpoints go
 
 model
-  --batch_size=12  rows of a batch, all of one length
-  --dropout=0.1    share of activations dropped
+  --batch_size=12  rows of a batch,
+                   all of one length
+  --dropout=0.1
   --compile=False  "#" is no comment inside a string
   --name='a # b'
 '''
@@ -45,15 +45,14 @@ model
 @dataclass
 class Small:
     size: int        # required, hence not a key
-    width: int = 4   # of a layer,
-                     # even
+    width: int = 4   # of a layer
     batch_size: int = 99  # the script's own key
 
 
 @dataclass
 class Wide(Small):
-    # kind of carry
-    carry: str = 'plain'
+    # memory
+    carry: str = 'plain'  # kind of carry
 
 
 @pytest.fixture
@@ -102,10 +101,9 @@ def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings,
 
 
 @pytest.mark.parametrize('key, texts, value', [
-    ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('batch_size', ['-1'], -1),
-    ('batch_size', ['9007199254740993'], 2 ** 53 + 1), ('dropout', ['1'], 1.0),
-    ('dropout', ['1e-3'], 0.001), ('dropout', ['inf'], float('inf')),
-    ('compile', ['True', 'tRUE'], True), ('compile', ['FALSE'], False), ('note', [''], ''),
+    ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('batch_size', ['9007199254740993'], 2 ** 53 + 1),
+    ('dropout', ['1'], 1.0), ('dropout', ['1e-3'], 0.001), ('dropout', ['inf'], float('inf')),
+    ('compile', ['True', 'tRUE'], True), ('compile', ['FALSE'], False),
     ('note', [' a=3 '], ' a=3 ')])
 def test_flag_values(settings, key, texts, value):
     for text in texts:
@@ -114,16 +112,16 @@ def test_flag_values(settings, key, texts, value):
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--batch_size=4.5', "batch_size|'4.5'|an integer|default 12"), ('--batch_size=', "''|integer"),
-    ('--batch_size=True', "'True'|integer"), ('--batch_size=1e300', 'integer'), ('--', 'unknown'),
+    ('--batch_size=4.5', "--batch_size='4.5'|an integer"), ('--batch_size=', "''|integer"),
+    ('--batch_size=True', "'True'|integer"), ('--batch_size=1e300', 'integer'), ('--', 'key=value'),
     ('--batch_size=inf', 'integer'), ('--batch_size=nan', 'integer'), ('--=4', 'unknown'),
-    ('--dropout=nan', "'nan'|a number|0.1"), ('--dropout=x\ny', 'dropout|a number'),
-    ('--dropout=' + 'x ' * 500, '...'), ('--compile=1', "'1'|True or False"),
+    ('--dropout=nan', "'nan'|a number"), ('--dropout=x\ny', 'dropout|a number'),
+    ('--dropout=' + 'x ' * 500, 'number'), ('--compile=1', "'1'|True or False"),
     ('--batch-size=4', '--batch-size|did you mean --batch_size?'), ('--zzz=4', '--zzz|--help'),
     ('--LIMIT=2', 'unknown'), ('--_private=2', 'unknown'), ('--items=2', 'unknown'),
-    ('--batch_size', 'write --batch_size=VALUE|an integer'), ('-b', "'-b'|--key=value"),
-    ('--compile', 'write --compile=VALUE|True or False'), ('', 'not a .py file'),
-    ('batch_size=4', 'write --batch_size=4'), ('-batch_size=4', 'write --batch_size=4')])
+    ('--batch_size', "'--batch_size' is not --key=value"), ('-b', "'-b' is not --key=value"),
+    ('batch_size=4', "'batch_size=4' is no config file and not --key=value"), ('', '--key=value'),
+    ('-batch_size=4', 'did you mean --batch_size?')])
 def test_bad_arguments(settings, flag, words):
     check_error(words, configure, settings, ['--note=x', flag])
 
@@ -134,7 +132,7 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
     s = configure(settings, ['--note=flag', 'one.py', 'two.py'])
     assert (s.batch_size, s.note, s.dropout, type(s.dropout)) == (2, 'flag', 0.0, float)
     assert configure(settings, ['two.py', 'one.py']).batch_size == 1
-    # they may compute, and are looked for here before beside the script
+    # they may compute, and are looked for here first
     write("note = 'beside'", 'config/my.py', os.path.dirname(settings['__file__']))
     assert configure(settings, ['config/my.py']).note == 'beside'
     os.mkdir('config')
@@ -145,17 +143,16 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('batchsize = 3', "my.py|'batchsize'|did you mean batch_size?"), ('zzz = 3', "'zzz'|--help"),
-    ('batch_size = True', 'my.py|batch_size=True|integer|default 12'), ('steps = [1]', "'steps'"),
+    ('batchsize = 3', "unknown key my.py: batchsize: did you mean batch_size?"),
+    ('batch_size = True', 'my.py: batch_size=True|integer'), ('steps = [1]', 'steps: --help'),
     ('batch_size = 2 ** 63', 'an integer'), ("dropout = '1'", 'number'), ('note = None', 'None'),
-    ("dropout = float('nan')", 'nan'), ('dropout = 10 ** 400', 'number'), ('dropout = True', '='),
+    ('dropout = 10 ** 400', 'number'), ('dropout = True', '='),
     ('compile = 1', 'compile=1|True or False'), ('import os as note', 'note=|text'),
-    ("note = 'x'\nbatch_size = = 3", 'my.py:2:|SyntaxError'), ("x = '\0'", 'my.py:|null bytes'),
-    ("note = 'x'\n\nbatch_size = 1 / 0", 'my.py:3:|ZeroDivisionError'),
+    ("note = 'x'\nbatch_size = = 3", 'my.py:2:|SyntaxError'), ("x = '\0'", 'my.py:1:|null bytes'),
     ('def f():\n    raise ValueError("a\\nb")\n\nf()', 'my.py:2:|ValueError: a b'),
-    ("note = '1'\nimport json\njson.loads('{')", 'my.py:3:|JSONDecodeError'),
     ("note = '1'\n\ncompile('= =', 'other.py', 'exec')", 'my.py:3:|SyntaxError'),
-    ('note = str(batch_size)', 'my.py:1: NameError'), ('exit(0)', 'my.py:1:|SystemExit')])
+    ("note = '1'\nimport json\njson.loads('{')", 'my.py:3:|JSONDecodeError'),
+    ('exit(0)', 'my.py:1:|SystemExit')])
 def test_bad_config_files(settings, text, words):
     write(text)
     check_error(words, configure, settings, ['my.py'])
@@ -164,9 +161,9 @@ def test_bad_config_files(settings, text, words):
 def test_missing_config_file(settings):
     write('', 'config/shakespeare.py', os.path.dirname(settings['__file__']))
     os.mkdir('folder.py')
-    for name, words in (('config/shakespear.py', "shakespear.py' not found|config/shakespeare.py?"),
-                        ('shakespeare', 'not a .py file|did you mean config/shakespeare.py?'),
-                        ('folder.py', "'folder.py' not found|--key=value")):
+    for name, words in (('config/shakespear.py', "shakespear.py'|did you mean config/shakespeare.py"),
+                        ('shakespeare', 'did you mean config/shakespeare.py?'),
+                        ('folder.py', "'folder.py' is no config file|--key=value")):
         check_error(words, configure, settings, [name])
 
 
@@ -183,11 +180,10 @@ def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(s
 def test_positional_key(settings, capsys):
     assert configure(settings, ['my.py'], positional='note').note == 'my.py'
     assert configure(settings, ['text', '--note=flag'], positional='note').note == 'flag'
-    check_error("'b' is one argument too many", configure, settings, ['a', 'b'], positional='note')
+    check_error("only one note can be given|'b'", configure, settings, ['a', 'b'], positional='note')
     with pytest.raises(SystemExit):
         configure(settings, ['-h'], positional='note')  # of a script whose source is not there
-    assert capsys.readouterr().out.startswith(
-        'usage: python train.py NOTE [--key=value ...]\n\n  --out_dir=')
+    assert capsys.readouterr().out.startswith('usage: python train.py NOTE [--key=value ...]\n\n  --')
 
 
 def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
@@ -205,19 +201,17 @@ def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
     assert (s.steps, s.note, s.given) == (7, 'task', {'steps', 'note', 'batch_size'})
     assert known['batch_size'] == 4 and not {'steps', 'LIMIT', 'items'} & {*known}
     s = configure(settings, ['my.py', '--note=wide', '--carry=gated'], parts=parts)
-    assert (s.steps, s.width, s.carry, s.batch_size) == (7, 4, 'gated', 3)
-    assert [*s.as_dict()][-3:] == ['steps', 'width', 'carry']  # after the script's own
-    for argv, words in ((['--steps=7'], 'unknown key --steps'),
-                        (['--note=task', '--step=7'], 'did you mean --steps?'),
-                        (['--note=task', '--steps=x'], 'an integer (default 5)'),
+    assert [*s.as_dict().items()][-3:] == [('steps', 7), ('width', 4), ('carry', 'gated')]
+    assert s.batch_size == 3  # the script's own
+    for argv, words in ((['--note=task', '--step=7'], 'did you mean --steps?'),
                         (['--note=tsk', '--steps=7'], "unknown note 'tsk'"),
-                        (['my.py', '--note=n'], "my.py: unknown key 'steps'")):
+                        (['my.py', '--note=n'], "unknown key my.py: steps")):
         check_error(words, configure, settings, argv, parts=parts)
     with pytest.raises(SystemExit):
         configure(settings, ['--note=wide', '--help'], parts=parts)
     assert capsys.readouterr().out.endswith(
-        '\nsettings of a_task\n\ncurriculum\n  --steps=5  at most\n\nsettings of Wide\n'
-        "  --width=4        of a layer, even\n  --carry='plain'  kind of carry\n")
+        '\nsettings of a_task\n\ncurriculum\n  --steps=5  at most\n\nsettings of Wide\n\n'
+        "memory\n  --carry='plain'  kind of carry\n  --width=4        of a layer\n")
 
 
 def test_merging_the_settings_of_a_resumed_run():
@@ -231,10 +225,9 @@ def test_merging_the_settings_of_a_resumed_run():
 
 
 def test_help_settings_and_errors_of_a_script(tmp_path):
-    for argv in (['--help'], ['--name=x', '-h'], ['nonsense', '--help']):
+    for argv in (['--help'], ['--name=x', '-h']):
         done = run_script(tmp_path, SCRIPT, *argv)
         assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
-    assert 'batch_size = 3\n' in run_script(tmp_path, SCRIPT, '--batch_size=3').stdout
     done = run_script(tmp_path, SCRIPT, '--late=3')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == 'error: unknown key --late: --help lists the keys\n'
@@ -243,6 +236,7 @@ def test_help_settings_and_errors_of_a_script(tmp_path):
 def test_small_helpers():
     assert show(Settings({'a': 1, 'long': 'x'})) == "a    = 1\nlong = 'x'"
     check_error('a must be at least 2, not 1', at_least, Settings({'a': 1}), a=2)
+    check_error("a must be one of 'x', 'y', not 1", one_of, Settings({'a': 1}), a=('x', 'y'))
     assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1, multiple=12)]
     for text in ('', '12,x', '0', '1.5', '12,20', '-12'):
         check_error('at must be whole numbers', numbers, 'at', text, least=1, multiple=12)

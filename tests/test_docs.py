@@ -1,13 +1,15 @@
 """README.md and docs/: generated parts are as results/ has them, links lead somewhere."""
 import glob
+import json
 import os
 import re
+import subprocess
 
 import pytest
 
-from lib import docs
+from lib import docs, records
 from lib.pictures import curves, digest
-from lib.records import ROOT, load_record
+from lib.records import ROOT, load_record, make_record, metric, save_record
 
 PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(glob.glob('docs/*.md', root_dir=ROOT))]
 RECORDS = sorted(glob.glob('results/**/*.json', root_dir=ROOT, recursive=True))
@@ -68,3 +70,29 @@ def test_picture_carries_what_it_shows(record, tmp_path):
     curves(path, 'Needle', record['curves'])
     with open(path, 'rb') as f:
         assert digest('Needle', record['curves'], True, False).encode() in f.read()
+
+
+def test_a_record_is_what_was_saved_and_nothing_else_is_one(tmp_path):
+    path = tmp_path / 'new' / 'a.json'
+    made = make_record('probe', {'file': f'{ROOT}/my.txt'}, [1], {'loss': metric(float('nan'))},
+                       {'recall': {'x': 'x', 'y': 'y', 'points': [{'x': 1, 'value': 2}]}})
+    save_record(path, made)
+    read = load_record(path)
+    assert read == {**made, 'metrics': {'loss': metric(None)}}
+    assert read['settings'] == {'file': 'my.txt'} and len(list(path.parent.iterdir())) == 1
+    curve = {'x': '', 'y': '', 'points': [{'x': 1}]}
+    for wrong in ({'seeds': 1}, {'metrics': {'loss': 1}}, {'parts': [1]}, {'curves': {'a': curve}}):
+        path.write_text(json.dumps({**read, **wrong}))
+        with pytest.raises(SystemExit, match='a.json is no record'):
+            load_record(path)
+    with pytest.raises(SystemExit, match='cannot read'):
+        load_record(tmp_path / 'b.json')
+
+
+def test_the_commit_is_that_of_the_repository_itself(monkeypatch, tmp_path):
+    for name in ('.', 'copy'):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.setattr(records, 'ROOT', str(tmp_path / name))
+        subprocess.run('git init -q . && git -c user.name=a -c user.email=a@b commit -q '
+                       '--allow-empty -m a', shell=True, check=True, cwd=tmp_path)
+        assert (records.provenance()['commit'] == 'unknown') == (name == 'copy')

@@ -81,8 +81,7 @@ def test_initialization(kind):
         elif 'gate' not in name:
             assert (p == (0 if name.endswith('bias') else 1)).all(), name
     assert model.lm_head.weight is model.transformer.wte.weight
-    if kind == 'fold':  # to begin with it keeps more than it takes
-        assert (model.carry_gate.bias.sigmoid() > 0.7).all()
+    assert kind == 'gpt' or (model.carry_gate.bias.sigmoid() > 0.7).all()  # it starts by keeping
 
 
 def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(monkeypatch):
@@ -305,7 +304,7 @@ def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(
     ({'transformer.wpe.weight': torch.ones(2, C)}, r'wpe.weight is \(2, 8\) in the checkpoint')])
 def test_weights_that_do_not_fit_are_named(change, message):
     weights = {**small_gpt().state_dict(), **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, SystemExit), match=message):
         load_weights(small_gpt(), {name: w for name, w in weights.items() if w is not None})
 
 

@@ -12,7 +12,7 @@ from lib.records import load_record
 from lib.scoring import last_losses
 
 SIZE, LAG = 6, 33
-P = dict(histories='0,6,12,18,24,30,36,42,48,72', swaps='0,6,12,18,24,30,36,42,48', words=300,
+P = dict(histories='0,6,12,18,24,30,36,42,48,72', words=300,
          bins='12,24,32,34,48', targets=200, stretches=20, resamples=400, seed=1)
 WORTH, REMOTE = 'worth of longer history', 'remote co-occurrence'
 
@@ -39,7 +39,6 @@ def test_the_curve_drops_at_the_lag_and_nowhere_else():
         loss = math.log(LAG) * sum(c + j + 1 < LAG for j in range(SIZE)) / SIZE
         assert [point[key] for key in ('value', 'low', 'high')] == pytest.approx([loss] * 3)
     assert [c for c, point in curves[WORTH].items() if point['value'] > 0] == [0, 6, 12, 18, 24, 30]
-    assert not any(point['value'] for point in curves['swapped'].values())  # the text repeats
     [(low, words)] = curves[REMOTE].items()  # no word stood at another distance
     assert low == 32 and words['n'] >= 100 and words['value'] == pytest.approx(-math.log(LAG))
 
@@ -70,7 +69,7 @@ def test_words_at_other_distances_gain_nothing_from_a_lag():
 def test_a_gpt_shows_nothing_beyond_its_window(window):
     model = make('gpt', block_size=window)
     curves = measure(partial(last_losses, model), torch.randint(V, (2000,)), bins='24,36,48,72')
-    for c, point in [*curves[WORTH].items(), *curves['swapped'].items()]:
+    for c, point in curves[WORTH].items():
         assert (point['low'] == point['high'] == 0) == (c >= window)
     assert len(curves[REMOTE]) == 3 and all(point['n'] > 5 and point['value'] == point['low'] == 0
                                             for point in curves[REMOTE].values())
@@ -80,26 +79,22 @@ def test_a_fold_is_not_blind_there():
     model = make(block_size=4 * SIZE, segment_size=SIZE)
     curves = measure(partial(last_losses, model), torch.randint(V, (2000,)))
     values = [point['value'] for curve in curves.values() for point in curve.values()]
-    assert len(values) == 10 + 9 + 9 + 4 and all(values)
+    assert len(values) == 10 + 9 + 4 and all(values)
 
 
-def test_the_swap_keeps_what_is_near_and_takes_the_rest_from_elsewhere():
+def test_every_history_is_that_of_the_same_segments():
     tokens, seen = torch.arange(5000), []
 
     def score(rows, n):
         seen.append(rows)
         return torch.zeros(len(rows), n)
-    p = SimpleNamespace(**{**P, 'histories': '12,45,60', 'swaps': '12,48,54'})
-    lengths, swaps, starts, _ = chosen = history.plan(5000, SIZE, p)
-    assert (lengths, swaps, len(starts)) == ([12, 48, 60], [12, 48], 200)  # in whole segments
+    p = SimpleNamespace(**{**P, 'histories': '12,45,60'})
+    lengths, starts, _ = chosen = history.plan(5000, SIZE, p)
+    assert (lengths, len(starts)) == ([12, 48, 60], 200)  # in whole segments
     assert (starts[0], starts[-1]) == (60, 4992) and not (starts % SIZE).any()
     history.measure(score, tokens, SIZE, chosen, [], p)
-    assert [rows.size(1) for rows in seen[:5]] == [19, 55, 67, 67, 67]
-    for c, rows in zip((12, 48, 60, 12, 48), seen):
-        assert torch.equal(rows[:, -SIZE - 1 - c:], starts[:, None] + torch.arange(-c, SIZE + 1))
-    for far in (seen[3][:, :48], seen[4][:, :12]):
-        assert ((far - starts[:, None]).abs() > 60).all()
-        assert torch.equal(far[:, 1:], far[:, :-1] + 1)
+    for c, rows in zip((12, 48, 60), seen):
+        assert torch.equal(rows, starts[:, None] + torch.arange(-c, SIZE + 1))
 
 
 def test_the_bootstrap_draws_whole_stretches():
@@ -119,26 +114,26 @@ def test_words_and_where_they_stood_last():
     assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces, '') == [(3, 1, 3)]
 
 
-SMALL = '--histories=0,4,7,16 --swaps=4,8 --bins=8,200 --targets=20 --resamples=50'.split()
+SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
 
 
 def test_the_script(train, run, tmp_path, data_dir):
     train(max_iters=3, eval_interval=3)
     out, text = tmp_path / 'out', (data_dir / 'tiny.txt').read_bytes()[-400:]
     small = [*SMALL, f'--data_dir={data_dir}', f'--out_dir={out}']
-    done = run('probe.py', *small, f"--beside={out / 'record.json'}")
+    done = run('probe.py', *small)
     assert done.code == 0 and done.out.splitlines()[0].endswith('measured on tiny')
     record, trained = load_record(str(out / 'probe.json')), load_record(str(out / 'record.json'))
     assert [point['x'] for point in record['curves']['context curve']['points']] == [0, 4, 8, 16]
     assert record['metrics']['preserved context']['n'] == 80
     loss = trained['metrics']['loss']['value']
     assert record['metrics']['loss']['value'] == pytest.approx(loss, abs=1e-4)
-    assert len(list(out.glob('probe*.png'))) == 4 and f'loss {loss:.4f} +- ' in done.out
+    assert len(list(out.glob('probe*.png'))) == 3 and f'loss {loss:.4f} +- ' in done.out
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
-                       ('--histories=0,4,100', 'needs less'), ('--bins=9,x', 'bins must be'),
+                       ('--bins=9,x', 'bins must be'),
                        ('--file=nowhere.txt', 'No such file'), ('--units=words', "not 'words'"),
                        ('--targets=0', 'targets must'), ('--resamples=1', 'must be at least 20'),
-                       ('--stretches=1', 'must be at least 2'), ('--beside=no.json', 'no record')):
+                       ('--stretches=1', 'must be at least 2')):
         refused = run('probe.py', *small, bad)
         assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)

@@ -81,8 +81,7 @@ def watch(monkeypatch, act):
 @pytest.mark.parametrize('task, model_type', [('text', 'fold'), ('text', 'gpt'), ('needle', 'fold'),
                                               ('needle', 'gpt'), ('pairs', 'fold')])
 def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
-    """However often is evaluated on the way."""
-    for name, seed, interval in (('a', 1, 20), ('b', 1, 3), ('c', 2, 20)):
+    for name, seed, interval in (('a', 1, 20), ('b', 1, 3), ('c', 2, 20)):  # of evaluations
         done = train(model_type, task, tmp_path / name, seed=seed, eval_interval=interval)
         assert done.code == 0, done.err
     a, b, c = (records(tmp_path / name, 'loss') for name in 'abc')
@@ -149,7 +148,6 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
     train(task=task, seed=5)
     saved = load(tmp_path / 'out' / 'ckpt.pt')
     assert saved['task'] == task and saved['config']['seed'] == 5
-    assert saved['provenance']['versions']['torch'] == torch.__version__
     assert task != 'text' or 'a' in saved['tokenizer']['chars']
     record, log = load_record(str(tmp_path / 'out' / 'record.json')), lines(tmp_path / 'out')
     assert (record['what'], record['seeds']) == ('training', [5])
@@ -161,22 +159,20 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
 
 
 @pytest.mark.parametrize('cause, problem', [
-    ('inf', 'training loss is inf'), ('nan', 'training loss is nan'), (1e39, 'a weight is'),
-    (1e38, 'validation loss is')])
+    (None, 'training loss is nan'), (1e39, 'a weight is'), (1e38, 'validation loss is')])
 def test_what_is_not_finite_stops_and_is_not_saved(train, tmp_path, monkeypatch, cause, problem):
     train(max_iters=10)
     best, last = ((tmp_path / 'out' / name).read_bytes() for name in ('ckpt.pt', 'last.pt'))
     settings, loss = dict(max_iters=11), torch.nn.functional.cross_entropy
-    if isinstance(cause, str):
+    if cause is None:
         monkeypatch.setattr(torch.nn.functional, 'cross_entropy',
-                            lambda *args, **kwargs: loss(*args, **kwargs) * float(cause))
+                            lambda *args, **kwargs: loss(*args, **kwargs) * math.nan)
     else:
         settings.update(learning_rate=cause, grad_clip=0.0, decay_from=1.0, warmup_iters=0)
     stopped = train(init_from='resume', **settings)
     assert stopped.code == 1 and problem in stopped.err and 'at iteration 11' in stopped.err
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == best
-    is_kept = (tmp_path / 'out' / 'last.pt').read_bytes() == last
-    assert is_kept or 'validation' in problem  # after a save of weights that were finite
+    assert 'validation' in problem or (tmp_path / 'out' / 'last.pt').read_bytes() == last
 
 
 def test_a_run_is_not_overwritten_unless_told(train, tmp_path, monkeypatch):
@@ -232,5 +228,4 @@ def test_without_network_another_data_set_is_used_and_named(train, tmp_path, mon
     assert seen == ['shakespeare', 'shakespeare', 'mine']
     logged = [line for line in (done.out + again.out).splitlines() if line.startswith('iter ')]
     assert len(logged) == sum('[data: mine, in place of shakespeare]' in x for x in logged) == 28
-    saved = load(tmp_path / 'out' / 'ckpt.pt')
-    assert saved['data']['dataset'] == saved['config']['dataset'] == 'mine'
+    assert load(tmp_path / 'out' / 'ckpt.pt')['data']['dataset'] == 'mine'
