@@ -3,19 +3,24 @@
     python bench.py                       # generation, in some minutes
     python bench.py --parts=speed,memory  # training: hours on two CPU cores
 """
+import json
+import re
 import statistics
+import subprocess
+import sys
+import time
 from functools import partial
 from itertools import product
 
 import torch
 
-from configurator import at_least, configure, numbers, one_of
-from lib.bench_sides import in_process, make_side, rate
+from configurator import Settings, at_least, configure, numbers, one_of
+from lib import device as machine
 from lib.checkpoint import find_file, load, load_model
 from lib.console import Progress, require, say
-from lib.contract import flops_per_token, make_model, model_args
-from lib.device import COMPILE, PRODUCTS, choose_products, pick_device, set_threads
-from lib.records import make_record, metric, place, save_record
+from lib.contract import adamw, flops_per_token, make_model, model_args, unit
+from lib.gradients import backpropagate
+from lib.records import ROOT, make_record, metric, place, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
 
 parts = 'generation'  # what is measured: generation, speed, memory; a record each
@@ -46,6 +51,15 @@ block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # tokens of a sequ
 memory_limit_gb = 4.0  # points that would need more, if it grows as the length does, are left out
 products = 'auto'     # as in train.py
 compile = 'auto'      # as in train.py
+
+
+def rate(n, device, work, *args):
+    """Tokens per second of work(*args), which is about n tokens, by the wall clock."""
+    before = time.perf_counter()
+    work(*args)
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return n / (time.perf_counter() - before)
 
 
 def alternate(works, turns, what):
@@ -117,9 +131,65 @@ def measure_generation(s):
                             'ratio of reading at once: to generating, which reads one by one']
 
 
+def make_side(side, size, T, s):
+    """A model for sequences of T tokens, and the side's way. Raises SystemExit for bad names."""
+    model_type, _, way = side.partition(' ')
+    found = re.fullmatch(r'(\d+)\+(\d+)x(\d+)x(\d+)', size)
+    require(found and way in ('', 'truncated', 'recomputed'),
+            f"{side!r} of size {size!r}: a side is a model_type, or one and 'truncated' or "
+            "'recomputed'; a size is such as 2+2x128x4")
+    n_local, n_global, n_embd, n_head = map(int, found.groups())
+    return make_model(model_type, dict(
+        n_layer=n_local + n_global, n_local=n_local, n_global=n_global, n_embd=n_embd,
+        n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
+        vocab_size=s.vocab_size)), way
+
+
+def train_side(what, side, size, T, settings):
+    """The 'speed' of a side in tokens per second, the median of the rounds, or the peaks of its
+    'memory' in MB, before and after updates: several of short ones, as the second takes more."""
+    s = Settings(settings)
+    machine.set_up(s.device, s.threads, s.products)
+    torch.manual_seed(s.seed)
+    model, way = make_side(side, size, T, s)
+    machine.compile_blocks(model.to(s.device), s.compile, s.device)
+    optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99), s.device)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # its memory is there before the measurement
+    tokens = torch.randint(s.vocab_size, (s.batch_size, T + 1), dtype=torch.uint16)
+    kwargs = {'chunk': s.bptt_segments * unit(model) if way == 'truncated' else 0,
+              'recompute': way == 'recomputed', 'device': s.device,
+              'autocast': torch.autocast('cuda', torch.bfloat16, s.device.startswith('cuda'))}
+
+    def updates(n):
+        for _ in range(n):
+            backpropagate(model, tokens[:, :-1], tokens[:, 1:], **kwargs)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    if what == 'memory':
+        before = machine.peak_mb(s.device)
+        updates(max(1, 1536 // T))
+        return float(before), float(machine.peak_mb(s.device))
+    _, *rates = [rate(s.steps * s.batch_size * T, s.device, updates, s.steps)
+                 for _ in range(s.rounds + 1)]
+    return statistics.median(rates)
+
+
+def in_process(*job):
+    """train_side() in a new process. Raises SystemExit, in one line, if that fails or is killed."""
+    run = 'import bench, json, sys; print(json.dumps(bench.train_side(*json.loads(sys.argv[1]))))'
+    done = subprocess.run([sys.executable, '-c', run, json.dumps(job)], cwd=ROOT, text=True,
+                          capture_output=True, start_new_session=True)  # without Ctrl-C
+    *_, reason = ['', *done.stderr.splitlines()] if done.returncode > 0 else ['killed']
+    require(done.returncode == 0, f'{job[1]} at {job[2]}, {job[3]:,} tokens, ended: {reason}')
+    sys.stderr.write(done.stderr)  # such as that nothing is compiled
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_speed(s):
-    """Training of every side at every size; yields after each size. Efficiency is FLOPs per second
-    over those of the last side."""
+    """Training of every side, size after size; efficiency: FLOPs/s over those of the last side."""
     metrics, sides, T = {}, s.sides.split(','), s.window
     for size in s.sizes.split(','):
         works = {side: partial(in_process, 'speed', side, size, T, s.as_dict()) for side in sides}
@@ -156,34 +226,29 @@ def measure_memory(s):
 PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': measure_memory}
 
 
-def check(s):
-    """Raise SystemExit for settings that would fail later."""
+def main(s):
+    """Measure what is asked for; write a record, as far as it is measured."""
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
-    one_of(s, products=PRODUCTS, compile=COMPILE)
+    one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
     at_least(s, threads=0, window_tokens=1, rounds=1, batch_size=1, bptt_segments=1, starts=1,
              steps=1)
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
     with torch.device('meta'):  # models without memory
-        for side, size, T in product(s.sides.split(','), s.sizes.split(','), lengths):
-            make_side(side, size, T, s)
-
-
-def main(s):
-    """Measure what is asked for; write a record, as far as it is measured."""
-    check(s)
-    s, cores = s.replace(device=pick_device(s.device)), torch.get_num_threads()
+        for job in product(s.sides.split(','), s.sizes.split(','), lengths):
+            make_side(*job, s)
+    s, cores = s.replace(device=machine.pick_device(s.device)), torch.get_num_threads()
     for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':
-            s = s.replace(products=choose_products(s.products))
-        set_threads(s.threads or (1 if part == 'generation' else cores))
-        path = place(part + s.label, s.record)
+            s = s.replace(products=machine.choose_products(s.products))
+        machine.set_threads(s.threads or (1 if part == 'generation' else cores))
+        path = place(f'{part}{s.label}.json', s.record)
         for metrics, curves, notes in PARTS[part](s):
-            made = make_record(part, s.as_dict(), [s.seed], metrics, curves, notes, device=s.device)
-            save_record(f'{path}.json', made)
+            save_record(path, make_record(part, s.as_dict(), [s.seed], metrics, curves, notes,
+                                          device=s.device))
         lines = [f'{name:<60}{found["value"]:>16,.3f}' for name, found in metrics.items()]
         lines += [f'{name}: ' + ', '.join(f'{p["value"]:,.0f} ({p["x"]:,})' for p in c['points'])
                   for name, c in curves.items()]
-        say('\n'.join([*lines, *notes, f'written to {path}.json']))
+        say('\n'.join([*lines, *notes, f'written to {path}']))
 
 
 if __name__ == '__main__':

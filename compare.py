@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from subprocess import PIPE, Popen
 
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
-from lib.console import Progress, say
+from lib.console import Progress, require, say
 from lib.device import set_threads
-from lib.files import own_folder
+from lib.files import own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, place, save_record
 
@@ -41,6 +40,7 @@ device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 KEYS = {'seeds': [1337], 'tokens': 0, 'ablation_tokens': 0, 'common': {}, 'runs': {},
         'ablations': {}, 'probe': {}, 'prompts': [], 'new_tokens': 200, 'same_window': '',
         'full_window': ''}  # of a comparison file, with what they are if it does not say
+EACH = {'seeds': int, 'prompts': str, 'runs': dict, 'ablations': dict}  # what these are made of
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
@@ -57,7 +57,9 @@ class Run:
     tokens: int      # that it is trained on
     folder: Path
     results: dict    # {file in the folder: the settings that it is to be made with}
-    error: str = ''  # why it cannot be complete
+
+    def __post_init__(self):
+        self.error = self.conflict()  # why it cannot be complete
 
     def read(self, name):
         """The JSON in a file of its folder; {} if there is none."""
@@ -65,6 +67,9 @@ class Run:
             return json.loads((self.folder / name).read_text(encoding='utf-8'))
         except (OSError, ValueError):
             return {}
+
+    def write(self, name, value):
+        write_file(self.folder / name, lambda f: f.write(json.dumps(value).encode()))
 
     def has(self, name):
         """Whether a result is there, and was made with the settings that are wanted now."""
@@ -82,8 +87,8 @@ class Run:
 
     def conflict(self):
         """What its folder holds in place of it: a run with another setting; '' if there is none."""
-        started, before = (self.folder / 'last.pt').exists(), self.read('settings.json')
-        for key in sorted({*before, *self.settings}) if started else ():
+        before = self.read('settings.json') if (self.folder / 'last.pt').exists() else self.settings
+        for key in sorted({**before, **self.settings}):
             then, now = before.get(key), self.settings.get(key)  # None is train.py's own
             if then != now:
                 return (f'{os.path.relpath(self.folder)} holds a run with another {key}, {then!r} '
@@ -91,29 +96,23 @@ class Run:
         return ''
 
 
-def check(fine, problem):
-    """Raise SystemExit, with the problem in one line, unless it is fine."""
-    if not fine:
-        raise SystemExit(f'error: {problem}')
-
-
 def read_comparison(name):
     """What a comparison file says, checked. Raises SystemExit for what cannot be meant."""
-    check(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
+    require(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
     given = {key: value for key, value in run_file(name, ROOT).items() if not is_helper(value)}
     for key, value in given.items():
-        check(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
+        require(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
         kind = type(KEYS[key])
-        check(type(value) is kind, f'{name}: {key} must be of type {kind.__name__}, not {value!r}')
+        require(type(value) is kind,
+                f'{name}: {key} must be of type {kind.__name__}, not {value!r}')
+        for one in (value.values() if kind is dict else value) if key in EACH else ():
+            require(type(one) is EACH[key],
+                    f'{name}: each of {key} must be of type {EACH[key].__name__}, not {one!r}')
     c = {**KEYS, **given}
-    for key, kind in (('seeds', int), ('prompts', str), ('runs', dict), ('ablations', dict)):
-        for value in c[key].values() if type(c[key]) is dict else c[key]:
-            check(type(value) is kind,
-                  f'{name}: each of {key} must be of type {kind.__name__}, not {value!r}')
-    check(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
-          f'{name}: runs must name at least one run, and seeds be different numbers')
+    require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
+            f'{name}: runs must name at least one run, and seeds be different numbers')
     for key in ('same_window', 'full_window'):
-        check(not c[key] or c[key] in c['runs'], f'{name}: {key}={c[key]!r} is none of the runs')
+        require(not c[key] or c[key] in c['runs'], f'{name}: {key}={c[key]!r} is none of the runs')
     return c
 
 
@@ -127,27 +126,24 @@ def plan(c, folder, quick=False):
     for name, own, seed, key in wanted:
         settings = {'gradient_accumulation_steps': 1, **c['common'], **own}
         sizes = [settings.get(key) for key in UPDATE]
-        check(all(type(n) is int and n > 0 for n in sizes), f'run {name!r}: {", ".join(UPDATE)} '
-              f'must be whole numbers from 1 on, not {sizes}')
-        update = math.prod(sizes)
-        check(c[key] >= update and c[key] % update == 0, f'run {name!r} has {update} tokens an '
-              f'update, which must divide the {c[key]} of {key}')
+        update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
+        require(update and c[key] >= update and c[key] % update == 0,
+                f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
+                f'the tokens of an update, divides the {c[key]} of {key}, not {sizes}')
         iters = 4 if quick else c[key] // update
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
         results = [{}, probe] + [samples] * (seed == first)
         slug = re.sub(r'\W+', '_', name).strip('_')
-        run = Run(name, seed, key != 'tokens', settings, iters * update,
-                  Path(folder, f'{slug}_{seed}'), dict(zip(RESULTS, results)))
-        run.error = run.conflict()
-        found.append(run)
-    check(len({run.folder for run in found}) == len(found),
-          'two runs have names that differ in no letter or digit: rename one')
+        found.append(Run(name, seed, key != 'tokens', settings, iters * update,
+                         Path(folder, f'{slug}_{seed}'), dict(zip(RESULTS, results))))
+    require(len({run.folder for run in found}) == len(found),
+            'two runs have names that differ in no letter or digit: rename one')
     return found
 
 
 async def call(s, script, **flags):
-    """Run a script; returns what it printed. Raises RuntimeError with its last line of complaint if
+    """Run a script; returns what it printed. Raises SystemExit with its last line of complaint if
     it fails. If this is canceled, it is told to stop; asyncio.run then waits for the thread."""
     flags = {**flags, 'device': s.device, 'threads': s.threads}
     child = Popen([sys.executable, script, *(f'--{key}={value}' for key, value in flags.items())],
@@ -159,8 +155,7 @@ async def call(s, script, **flags):
         child.terminate()
         raise
     if child.returncode:
-        ended = complaint.strip() or f'{script} ended with {child.returncode}'
-        raise RuntimeError(ended.splitlines()[-1])
+        raise SystemExit([f'{script} ended with {child.returncode}', *complaint.splitlines()][-1])
     return printed
 
 
@@ -170,71 +165,63 @@ async def work(s, run, slots):
     async with slots:
         try:
             if not run.has('record.json'):
-                run.folder.mkdir(parents=True, exist_ok=True)
                 start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
-                (run.folder / 'settings.json').write_text(json.dumps(run.settings))
+                run.write('settings.json', run.settings)
                 await call(s, 'train.py', **run.settings, **start, out_dir=run.folder,
                            data_dir=s.data_dir)
-            if not run.has('record.json'):
-                raise RuntimeError('train.py was stopped before its end')
+            require(run.has('record.json'), 'train.py was stopped before its end')
             if not run.has('probe.json'):
                 await call(s, 'probe.py', **probe, out_dir=last, data_dir=s.data_dir)
             if samples and not run.has('samples.json'):
                 texts = [await call(s, 'sample.py', start=prompt.replace('\\', r'\\'), seed=1337,
                                     max_new_tokens=samples['new_tokens'], out_dir=last)
                          for prompt in samples['prompts']]
-                made = json.dumps({'settings': samples, 'texts': texts})
-                (run.folder / 'samples.json').write_text(made)
-        except (RuntimeError, OSError) as error:
+                run.write('samples.json', {'settings': samples, 'texts': texts})
+        except (SystemExit, OSError) as error:
             run.error = str(error)
     say(f'{run.name}, seed {run.seed}: {"failed: " * bool(run.error)}{run.error or "complete"}')
 
 
 async def work_on(s, runs):
-    """Work on all runs, s.jobs at a time, and show how far they are; a signal cancels it."""
+    """Work on all runs, s.jobs at a time, and show how far they are; a signal ends it."""
     slots, before = asyncio.Semaphore(s.jobs), sum(run.done() for run in runs)
     progress = Progress('comparison', sum(run.tokens for run in runs) - before)
-    loop, stop = asyncio.get_running_loop(), asyncio.current_task().cancel
-    handlers = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-                for number in Stop.SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     jobs = {asyncio.create_task(work(s, run, slots)) for run in runs if not run.error}
-    try:
-        while jobs:
-            _, jobs = await asyncio.wait(jobs, timeout=5)
-            progress.at(sum(run.done() for run in runs) - before, f'{len(jobs)} runs to go')
-    finally:
-        progress.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    stop = Stop()
+    while jobs and not stop.wanted():
+        _, jobs = await asyncio.wait(jobs, timeout=1)
+        progress.at(sum(run.done() for run in runs) - before, f'{len(jobs)} runs to go')
+    progress.close()
+    stop.done()
+    if stop.wanted():
+        raise SystemExit('stopped; the same command goes on from here')
 
 
 def main(s):
     at_least(s, jobs=1, threads=0)
     set_threads(s.threads)
-    check(not (s.record and (s.quick or s.only)), 'no --record with --quick or --only: results/ '
-          'is for whole comparisons')
+    require(not s.record or not (s.quick or s.only),
+            'no --record with --quick or --only: results/ is for whole comparisons')
     c = read_comparison(s.comparison)
     if s.seeds:
         c['seeds'] = numbers('seeds', s.seeds)
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or place(name, False)
     runs = plan(c, folder, s.quick)
-    names, chosen = [*c['runs'], *c['ablations']], [text.strip() for text in s.only.split(';')]
-    check(not s.only or {*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
-    wanted = [run for run in runs if not s.only or run.name in chosen]
+    names = [*c['runs'], *c['ablations']]
+    chosen = [text.strip() for text in s.only.split(';')] if s.only else names
+    require({*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
+    wanted = [run for run in runs if run.name in chosen]
     if not s.only_report:
         own_folder(folder)
-        try:
-            asyncio.run(work_on(s, wanted))
-        except asyncio.CancelledError:
-            raise SystemExit('stopped; the same command goes on from here') from None
+        asyncio.run(work_on(s, wanted))
     failed = [run for run in wanted if not run.complete()]
-    check(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')
+    require(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')
     result = report.make(c, runs, s)
     save_record(os.path.join(folder, 'comparison.json'), result)
     report.write(result, folder)
     say(f'written to {os.path.relpath(folder)}{os.sep}: report.md, comparison.json and pictures')
-    check(not failed, f'{len(failed)} of {len(wanted)} runs are not complete')
+    require(not failed, f'{len(failed)} of {len(wanted)} runs are not complete')
     if s.record:
         save_record(place(f'{name}.json', True), result)
 

@@ -41,6 +41,7 @@ class GPTConfig:
 @dataclass
 class FoldConfig(GPTConfig):
     """Sizes of a FoldGPT: a GPT's, with n_layer = n_local + n_global. Raises ValueError."""
+    block_size: int = 768   # L, tokens of a training sequence, whole segments
     segment_size: int = 12  # l, tokens of a segment; the global window is twice as wide
     n_local: int = 6        # local layers
     n_global: int = 6       # global layers

@@ -11,7 +11,7 @@ place where it stood last. Needle: recall against distance. Pairs: recall agains
 import os
 import re
 
-from configurator import at_least, configure, one_of
+from configurator import at_least, configure
 from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
@@ -35,7 +35,6 @@ segment = 12        # tokens of a target segment, where the model has no segment
 targets = 2000      # segments that are scored under every history, evenly spread over the text
 words = 400         # words scored in every bin of remote co-occurrence
 bins = '12,24,48,96,150,288'  # borders of these bins, tokens back to where the word stood last
-units = 'auto'      # words of characters: 'word', 'identifier', 'auto': by the data set
 stretches = 100     # contiguous parts of the text that the bootstrap draws from
 resamples = 2000    # bootstrap samples
 # needle and pairs
@@ -51,18 +50,15 @@ wait = 0            # segments of filler between the last pair and the questions
 
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
-    one_of(p, units=('auto', 'word', 'identifier'))
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
     task, config, folder = find_task(saved['task']), saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
-    name, data = os.path.basename(folder), (saved.get('data') or {}).get('dataset', saved['task'])
-    corpus = os.path.basename(p.file) or data
-    target = os.path.join(folder, 'probe.json')
-    if p.record:
-        kind = 'probe' if saved['task'] == 'text' else saved['task']
-        target = place(os.path.join(kind, f'{name}.json'), True)
+    name, data = os.path.basename(folder), saved.get('data') or {}
+    corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
+    kind = 'probe' if saved['task'] == 'text' else saved['task']
+    target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')
     require(os.access(folder, os.W_OK) and not os.path.isdir(target),
             f'cannot write {target}: make room for it, and {folder} writable')
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "

@@ -118,7 +118,7 @@ def open_folder(s):
 
 
 def lr_at(it):
-    """Learning rate of update it: linear warm-up, constant, then a cosine down to min_lr."""
+    """Learning rate of update `it`: linear warm-up, constant, then a cosine down to min_lr."""
     if it < s.warmup_iters:
         return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
     start = max(s.warmup_iters, s.decay_from * s.max_iters)
@@ -268,10 +268,9 @@ else:
     require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
                              f"it with the checkpoint's tokenizer")
 model.to(device)
-processes.same_weights(model)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
-s = s.replace(**{key: value for key, value in sizes_of(model).items() if key in s.as_dict()})
+s = s.replace(**{key: sizes_of(model)[key] for key in sizes_of(model).keys() & s.as_dict()})
 say('\n'.join([*notes, show(s)]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
 half = s.dtype == 'bfloat16' or s.dtype == 'auto' and device.startswith('cuda')

@@ -105,7 +105,7 @@ def load_to_resume(folder):
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
     padded vocabulary to the model's own. Takes what nanoGPT saves, too: prefixes of compiled and
-    parallel models, causal masks, no tied output matrix. Raises ValueError if they do not fit."""
+    parallel models, causal masks, no tied output matrix. Raises SystemExit if they do not fit."""
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
                for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     own = model.state_dict()
@@ -119,7 +119,7 @@ def load_weights(model, state_dict):
         remedy = 'take as many layers and the same model_type'
         if name.startswith('carry_gate'):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
-        raise ValueError(f'the checkpoint {side} {name}: {remedy}')
+        raise SystemExit(f'error: the checkpoint {side} {name}: {remedy}')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)
         require(then == now, f'{name} is {then} in the checkpoint and {now} here: take the same '
@@ -135,10 +135,8 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     try:
         model = make_model(model_type, {**checkpoint['model_args'], **sizes})
         load_weights(model, checkpoint['model'])
-    except ValueError as error:
-        raise SystemExit(f'error: {error}') from None
     except Exception as error:  # whatever a file can hold in place of sizes and weights
-        raise SystemExit(f'error: the checkpoint is damaged: its sizes or weights are none '
+        raise SystemExit(f'error: the checkpoint is damaged, in its sizes or its weights '
                          f'({type(error).__name__})') from None
     return model.to(device)
 
@@ -246,16 +244,16 @@ def open_run(folder, keep):
                 os.remove(os.path.join(folder, name))
         if keep and os.path.exists(path):
             with open(path, 'rb') as f:
-                lines = [line for line in f if keep(record_of(line))]
+                lines = [line for line in f if is_kept(line, keep)]
     except OSError as error:
         raise SystemExit(f'error: cannot open {error.filename}: {error.strerror}; --out_dir=PATH '
                          f'goes elsewhere') from None
     write_file(path, lambda f: f.writelines(lines))
 
 
-def record_of(line):
-    """The record in a line of a log, nothing if a kill tore it."""
+def is_kept(line, keep):
+    """Whether a line of a log is whole, and its record one of which keep(record) says so."""
     try:
-        return dict(json.loads(line)) if line.endswith(b'\n') else {}
-    except (ValueError, TypeError):
-        return {}
+        return line.endswith(b'\n') and keep(json.loads(line))
+    except (ValueError, TypeError, AttributeError):  # torn, or of another kind
+        return False

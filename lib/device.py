@@ -77,10 +77,9 @@ def keep_freed_memory():
 def choose_products(products):
     """Who multiplies float32 matrices on this CPU from now on: 'onednn' or 'torch'.
 
-    oneDNN on AMD's processors with AVX-512, which torch's MKL leaves unused there, is 1.4 to 2
-    times as fast. torch gives it such products only where it may round what it multiplies to
-    bfloat16; a processor without matrix units for bfloat16 gains nothing by that and does not: that
-    is tried out here, with numbers that would not survive it.
+    oneDNN is 1.4 to 2 times as fast on AMD's processors with AVX-512, which torch's MKL leaves
+    unused. torch lets it multiply only where it may round to bfloat16, which it does not do without
+    matrix units for that: tried out here, with numbers that would not survive it.
     """
     mkldnn = torch.backends.mkldnn
     serves = (products != 'torch' and mkldnn.is_available() and mkldnn.enabled
@@ -109,11 +108,8 @@ def cpu_info():
 
 
 def compile_blocks(model, compile, device):
-    """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA.
-
-    Every kind of block is tried out, backward too, on a window of some tokens; if that fails, a
-    line says so and nothing is compiled. Returns whether blocks are compiled now.
-    """
+    """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA. They
+    are tried out, backward too; if that fails, a line says so. Returns whether it did not."""
     if compile == 'auto':
         compile = 'kernels' if device.startswith('cuda') else 'off'
     blocks = [module for module in model.modules() if isinstance(module, Block)]

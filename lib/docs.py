@@ -16,18 +16,18 @@ column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMA
 Where a field is missing, what follows || is taken, or nothing. `lines`: any text with fields.
 `picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log = no, log_y = yes.
 """
-import functools
 import os
 import re
 import statistics
-from glob import glob
+from functools import partial
 from pathlib import Path
 
 from lib.console import require
+from lib.files import write_file
 from lib.pictures import curves, digest
 from lib.records import ROOT, load_record, metric
 
-RESULTS = os.path.join(ROOT, 'results')
+RESULTS = Path(ROOT, 'results')
 BLOCK = re.compile(r'(<!-- (table|lines|picture)\b(.*?)\n(.*?)-->\n).*?(<!-- end -->)', re.S)
 FIELD = re.compile(r'{(?:([^{}|:]+[.]json):)?([^{}|]+)(?:[|]([^{}]*))?}')
 
@@ -47,8 +47,7 @@ def records(names):
     """The records that a block names, in order. Raises SystemExit if a name finds none."""
     found = []
     for file, path in (name.strip().split('.json') for name in names.split(';')):
-        files = sorted(glob(f'{file}.json', root_dir=RESULTS))
-        some = [find(load_record(os.path.join(RESULTS, name)), path) for name in files]
+        some = [find(load_record(name), path) for name in sorted(RESULTS.glob(f'{file}.json'))]
         require(some and None not in some, f'results/{file}.json has no record {path}')
         found += sum(some, []) if path == '/parts' else some
     return found
@@ -69,11 +68,16 @@ def merged(group):
 def fill(template, record):
     """The first alternative of a template whose fields are all there; '' if there is none."""
     for text in template.split('||'):
-        values = [find(load_record(os.path.join(RESULTS, file)) if file else record, path)
+        values = [find(load_record(RESULTS / file) if file else record, path)
                   for file, path, _ in FIELD.findall(text)]
-        if not any(value is None for value in values):
+        if None not in values:
             return FIELD.sub(lambda match: format(values.pop(0), match[3] or ''), text).strip()
     return ''
+
+
+def markdown(titles, rows):
+    """A table of texts in Markdown."""
+    return '\n'.join(f"| {' | '.join(cells)} |" for cells in (titles, ['---'] * len(titles), *rows))
 
 
 def table(names, given):
@@ -85,13 +89,12 @@ def table(names, given):
             columns[f'{int(x):,}' if x.isdigit() else x] = template.replace('@', x)
     for i, record in enumerate(records(names)):
         if fill(left, record) == right.strip():
-            groups.setdefault(fill(group, record) if group else i, []).append(record)
+            groups.setdefault(fill(group, record) or i, []).append(record)
     rows = [[fill(template.replace('#', value.strip()), record) for template in columns.values()]
             for value in each.split(';') for record in map(merged, groups.values())]
     for title, *cells in zip(columns, *rows):
         require(any(cells), f'{names}: no record has anything for {title!r}')
-    lines = [[*columns], ['---'] * len(columns), *rows]
-    return ''.join('| ' + ' | '.join(cells) + ' |\n' for cells in lines)
+    return markdown([*columns], rows)
 
 
 def make(page, pictures, match):
@@ -103,33 +106,30 @@ def make(page, pictures, match):
         return marker + '\n'.join([*lines, end])
     given = dict(re.split(r'\s+=\s+', line.strip(), maxsplit=1) for line in body.splitlines())
     if kind == 'table':
-        return marker + table(head.strip(), given) + end
+        return f'{marker}{table(head.strip(), given)}\n{end}'
+    path = RESULTS / head.strip()
     shown = {fill(given['label'].replace('@', name), record): record['curves'][name]
-             for record in records(given['records'])
-             for name in re.split(r'\s*;\s*', given['curve'])}
-    path = os.path.join(RESULTS, head.strip())
+             for record in records(given['records']) for name in given['curve'].split('; ')}
     pictures[path] = given['title'], shown, 'log' not in given, 'log_y' in given
-    path = os.path.relpath(path, os.path.dirname(page)).replace(os.sep, '/')
-    return marker + f'![{given["title"]}]({path})\n' + end
+    path = Path(os.path.relpath(path, page.parent)).as_posix()
+    return f'{marker}![{given["title"]}]({path})\n{end}'
 
 
 def stale():
-    """What is not as results/ has it: ({page: its text}, {path of a picture: what it shows})."""
-    texts, pictures = {}, {}
-    for page in [os.path.join(ROOT, 'README.md'), *glob(os.path.join(ROOT, 'docs', '*.md'))]:
-        old = Path(page).read_text('utf-8')
-        new = BLOCK.sub(functools.partial(make, page, pictures), old)
-        texts.update({page: new} if new != old else {})
-    for path, shown in [*pictures.items()]:
-        if os.path.exists(path) and digest(*shown).encode() in Path(path).read_bytes():
-            del pictures[path]
-    return texts, pictures
+    """{path: function that makes it anew} of pages and pictures that are not as results/ has it."""
+    found, pictures = {}, {}
+    for page in [Path(ROOT, 'README.md'), *Path(ROOT, 'docs').glob('*.md')]:
+        old = page.read_text('utf-8')
+        new = BLOCK.sub(partial(make, page, pictures), old)
+        if new != old:
+            found[page] = partial(write_file, page, lambda f, new=new: f.write(new.encode()))
+    for path, shown in pictures.items():
+        if not path.exists() or digest(*shown).encode() not in path.read_bytes():
+            found[path] = partial(curves, path, *shown)
+    return found
 
 
 if __name__ == '__main__':
-    texts, pictures = stale()
-    for page, text in texts.items():
-        Path(page).write_text(text, 'utf-8')
-    for path, shown in pictures.items():
-        curves(path, *shown)
-    print('made anew:', *(os.path.relpath(path, ROOT) for path in [*texts, *pictures]))
+    for path, make_anew in stale().items():
+        make_anew()
+        print('made anew:', os.path.relpath(path, ROOT))

@@ -54,8 +54,9 @@ def write_file(path, write, kept='what was there is kept'):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk's
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, 'strerror', None) or str(cause).splitlines()[0]
         raise SystemExit(f'error: cannot write {path}: {reason}; {kept}') from None
     finally:
         if os.path.exists(temporary):

@@ -40,13 +40,9 @@ def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     with autocast:
         _, loss, last = model(to_device(x, device), to_device(y, device), carry)
     loss = loss * share
-    ends, grads = [loss], [None]
-    if grad is not None:
-        for value, its_grad in zip(as_tuple(last), as_tuple(grad)):
-            if its_grad is not None:
-                ends.append(value)
-                grads.append(its_grad)
-    torch.autograd.backward(ends, grads)
+    handed = () if grad is None else zip(as_tuple(last), as_tuple(grad))
+    ends = [(loss, None), *((value, part) for value, part in handed if part is not None)]
+    torch.autograd.backward(*zip(*ends))
     first_grad = rowwise(lambda c: c.grad, carry) if wanted else None
     return loss.detach(), rowwise(torch.detach, last), first_grad
 
@@ -56,13 +52,10 @@ def as_tuple(carry):
 
 
 def recomputed(model, x, y, carry, share, device, autocast):
-    """As piece, in the memory of one recurrence step and of the carry before each.
-
-    First the carries, without a graph; then the segments once more from the last to the first, each
-    with the random numbers of the first time, and each handing the gradient of the carry before it
-    on. (torch.utils.checkpoint would keep the nodes of the whole graph, for small segments more
-    memory than the carries.)
-    """
+    """As piece, in the memory of one recurrence step and of the carry before each: the carries come
+    first, without a graph; then the segments once more, from the last to the first, each with the
+    random numbers of the first time, handing on the gradient of the carry before it.
+    (torch.utils.checkpoint would keep the nodes of the whole graph: more than the carries.)"""
     inputs, targets = (tokens.split(unit(model), dim=1) for tokens in (x, y))
     random, carries = [random_state(device)], [carry]
     with torch.no_grad(), autocast:
@@ -83,12 +76,9 @@ def recomputed(model, x, y, carry, share, device, autocast):
 
 def random_state(device):
     """What dropout draws from: the random numbers of the CPU, and of the device or None."""
-    on_device = None
     if device.startswith('cuda'):
-        on_device = torch.cuda.get_rng_state(device)
-    elif device == 'mps':
-        on_device = torch.mps.get_rng_state()
-    return torch.get_rng_state(), on_device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    return torch.get_rng_state(), torch.mps.get_rng_state() if device == 'mps' else None
 
 
 def set_random_state(state, device):

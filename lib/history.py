@@ -17,19 +17,15 @@ WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token i
 
 
 def probe_text(model, saved, p, device):
-    """Print the loss of a text, its context curve and remote co-occurrence; return the parts of a
-    record. saved: the checkpoint; p: settings of probe.py, refused before any work."""
+    """The loss of a text, its context curve and remote co-occurrence: see tasks/__init__.py."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
     tokens, found = read_text(saved, p)
     lengths, starts, borders = chosen = plan(len(tokens), size, p)
-    progress = Progress('loss of the text', len(tokens))
+    far_words = 2 * p.words * sum(borders)
+    progress = Progress('loss', len(tokens) + len(starts) * sum(lengths) + far_words)
     losses = token_losses(model, tokens.to(device), progress.at)
-    progress.close()
     mean, error = mean_and_error(losses)
     require(mean < float('inf'), f'the loss is {mean}: the weights are damaged: train anew')
-    spread = f' +- {error:.4f}' if error else ''
-    say(f'loss {mean:.4f}{spread} nats per token, over all of {len(losses):,} tokens')
-    progress = Progress('loss by history', len(starts) * sum(lengths) + 2 * p.words * sum(borders))
 
     def score(rows, n):
         nats = last_losses(model, rows.to(device), n)
@@ -37,14 +33,16 @@ def probe_text(model, saved, p, device):
         return nats
     curves = measure(score, tokens, size, chosen, found, p)
     progress.close()
+    spread = f' +- {error:.4f}' if error else ''
+    say(f'loss {mean:.4f}{spread} nats per token, over all of {len(losses):,} tokens')
     for name, curve in curves.items():
         say(f"\n{name}, {curve['y']} by {curve['x']}")
         for point in curve['points']:
             say('{x:>8}{value:>10.4f}  [{low:.4f}, {high:.4f}]'.format(**point))
-    used = [point for point in curves['worth of longer history']['points']
-            if point['value'] >= USEFUL]
-    kept = used[-1] if used else {'x': None, 'value': None}
-    say(f"\npreserved context: {kept['x'] if used else 'none'}")
+    kept = {'x': None, 'value': None}
+    for point in curves['worth of longer history']['points']:
+        kept = point if point['value'] >= USEFUL else kept
+    say(f"\npreserved context: {kept['x']}")
     return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
             'metrics': {'loss': metric(mean, error, len(losses)),
                         'preserved context': metric(kept['x'], n=len(starts) * size),
@@ -52,7 +50,7 @@ def probe_text(model, saved, p, device):
 
 
 def read_text(saved, p):
-    """The text to score, (N,) int64, and its recurrences. Raises SystemExit if it is not there."""
+    """The text to score, (N,) int64, and its recurrences."""
     require(saved.get('data') and saved.get('tokenizer'),
             'the checkpoint does not name its data set: probe runs of train.py')
     tokenizer, dataset = Tokenizer(saved['tokenizer']), saved['data']['dataset']
@@ -65,18 +63,16 @@ def read_text(saved, p):
     else:
         folder = os.path.join(ROOT, p.data_dir, dataset)
         meta = load_meta(folder)
-        known = saved['data']['sha256'], saved['tokenizer']
-        require((meta['sha256'], meta['tokenizer']) == known,
+        require((meta['sha256'], meta['tokenizer']) == (saved['data']['sha256'], tokenizer.spec),
                 f'{folder} has another text or tokenizer than the model: prepare that again')
         ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
     tokens = torch.from_numpy(ids.astype(np.int64))
-    auto = 'identifier' if dataset == 'python' else 'word'
-    return tokens, recurrences(tokens, tokenizer, auto if p.units == 'auto' else p.units)
+    return tokens, recurrences(tokens, tokenizer, 'identifier' if dataset == 'python' else 'word')
 
 
 def plan(N, size, p):
     """Histories in whole segments, the starts of the target segments, evenly spread over a text of
-    N tokens, and the borders of the bins. Raises SystemExit if the text is too short."""
+    N tokens, and the borders of the bins."""
     lengths = sorted({-(-c // size) * size for c in numbers('histories', p.histories)})
     require(N > lengths[-1] + 2 * size, f'the text has {N} tokens, too few for a history of '
                                         f'{lengths[-1]}: shorten histories')
@@ -98,11 +94,10 @@ def measure(score, tokens, size, chosen, found, p):
         points = [{'x': key, **bootstrap(nats, p.stretches, p.resamples, generator)}
                   for key, nats in values.items() if len(nats) > 1]
         return {'x': x, 'y': y, 'points': points}
-    history = 'tokens of history before the segment', 'nats per token'
-    return {'context curve': curve(*history, losses),
-            'worth of longer history': curve(*history, worth),
-            'remote co-occurrence': curve('tokens back to the last occurrence',
-                                          'nats per word, with it minus without', words)}
+    history, back = 'tokens of history before the segment', 'tokens back to the last occurrence'
+    return {'context curve': curve(history, 'nats per token', losses),
+            'worth of longer history': curve(history, 'nats per token', worth),
+            'remote co-occurrence': curve(back, 'nats per word, with it minus without', words)}
 
 
 def bootstrap(values, stretches, resamples, generator):

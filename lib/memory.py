@@ -1,9 +1,11 @@
-"""What the memory tasks share: random sequences, and rows that walk on from update to update."""
+"""What the memory tasks share: random sequences, rows that walk on, and the measure of recall."""
 import math
 
 import torch
 
-from lib.processes import RANK, WORLD, from_all
+from lib.console import require
+from lib.contract import carries
+from lib.processes import RANK, WORLD, from_all, from_writer, mean
 from lib.rows import Rows, rowwise
 
 
@@ -22,19 +24,36 @@ class RandomSequences:
 
 
 class MemoryTask:
-    """A task of random sequences, each process with its own; KEPT: what goes on, as numbers."""
+    """A task of random sequences, each process with its own. A class of it has KEPT, the names of
+    its numbers that go on when a run is resumed; measure(), which returns the recall of fresh
+    sequences and the number of answers; asked, what they are asked for."""
 
-    tokenizer, data, note, walkers, KEPT = None, {}, '', None, ()
+    tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0
 
     def __init__(self, s, sequences):
-        if s.batch_size % WORLD:
-            raise SystemExit(f'error: {WORLD} processes cannot share batch_size={s.batch_size}')
+        require(s.batch_size % WORLD == 0,
+                f'{WORLD} processes cannot share batch_size={s.batch_size}')
         self.s, self.B, self.sequences = s, s.batch_size // WORLD, sequences
         self.shared = torch.Generator().manual_seed(s.seed)  # the same in all processes
         self.sizes = {'vocab_size': sequences.vocab_size}
 
     def start(self, model, device, autocast):
         self.model, self.device, self.autocast = model, device, autocast
+        self.carries = carries(model)
+
+    def follow(self, right, rate):
+        """Move the recall of training towards that of new answers."""
+        self.recall += rate * (mean(right.float().mean()).item() - self.recall)
+
+    def evaluate(self):
+        """The share of answers that are wrong, and its standard error."""
+        self.model.eval()
+        share, n = from_writer(self.measure)
+        self.model.train()
+        return {'val_loss': 1 - share, 'val_error': math.sqrt(share * (1 - share) / n)}
+
+    def describe(self, figures):
+        return f"{1 - figures['val_loss']:.3f} of {self.asked}"
 
     def state(self):
         own = {'generator': self.sequences.generator.get_state(),
@@ -43,10 +62,8 @@ class MemoryTask:
                 **{key: getattr(self, key) for key in self.KEPT}}
 
     def load_state(self, state, device):
-        """Raises SystemExit in another number of processes."""
-        if len(state['processes']) != WORLD:
-            raise SystemExit(f"error: the run is one of {len(state['processes'])} processes, each "
-                             f'with sequences of its own: resume it with as many')
+        require(len(state['processes']) == WORLD, f"the run is one of {len(state['processes'])} "
+                f'processes, each with sequences of its own: resume it with as many')
         for key in self.KEPT:
             setattr(self, key, state[key])
         own = state['processes'][RANK]
@@ -55,8 +72,3 @@ class MemoryTask:
         if own['walkers'] is not None:
             self.walkers = Rows(**own['walkers'])
             self.walkers.carry = rowwise(lambda c: c.to(device), self.walkers.carry)
-
-
-def missed(share, n):
-    """Evaluated figures of a share of right answers, of n: what is missed, and its error."""
-    return {'val_loss': 1 - share, 'val_error': math.sqrt(share * (1 - share) / n)}

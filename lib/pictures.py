@@ -2,7 +2,8 @@
 import hashlib
 import json
 import math
-import os
+
+from lib.files import write_file
 
 
 def digest(*content):
@@ -10,22 +11,9 @@ def digest(*content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def ticks(xs, scale):
-    """Of the measured x's, rising, those that can be labeled side by side: at most some 25."""
-    place = {x: math.asinh(x / scale) if scale else x for x in xs}
-    kept = xs[:1]
-    for x in xs[1:]:
-        if place[x] - place[kept[-1]] >= (place[xs[-1]] - place[xs[0]]) / 25:
-            kept.append(x)
-    return kept
-
-
 def curves(path, title, drawn, log=True, log_y=False):
-    """Draw curves of records, {label: curve}, with error bars where points have low and high.
-
-    log: the x axis is logarithmic, but linear up to the first x above 0, so that 0 has a place;
-    log_y: the y axis is. Raises SystemExit if path cannot be written.
-    """
+    """Draw curves of records, {label: curve}, with error bars where points have low and high; log:
+    the x axis is logarithmic, but linear up to the first x above 0, so that 0 has a place."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), layout='tight')
     ax, measured = figure.subplots(), set()
@@ -43,14 +31,15 @@ def curves(path, title, drawn, log=True, log_y=False):
     if log_y:
         ax.set_yscale('log')
     if len(measured) < 40:  # else there is a point almost everywhere
-        shown = ticks(sorted(measured), scale)
+        place = {x: math.asinh(x / scale) if scale else x for x in sorted(measured)}
+        width, shown = max(place.values(), default=0) - min(place.values(), default=0), []
+        for x in place:
+            if not shown or place[x] - place[shown[-1]] >= width / 25:
+                shown.append(x)
         ax.set_xticks(shown, [f'{x:,}' for x in shown], rotation=45, fontsize=8)
         ax.set_xticks([], minor=True)
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={'Source': digest(title, drawn, log, log_y)})
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {path}: {error}') from None
+    about = {'Source': digest(title, drawn, log, log_y)}
+    write_file(path, lambda f: figure.savefig(f, dpi=110, format='png', metadata=about))

@@ -49,13 +49,6 @@ def leave():
         os._exit(0)
 
 
-def same_weights(model):
-    """Give all processes the first one's parameters."""
-    if WORLD > 1:
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-
-
 def average_gradients(model):
     """Replace each gradient by its mean over the processes, all in one piece."""
     if WORLD == 1:

@@ -29,15 +29,6 @@ def portable(value):
     return key + equals + (os.path.relpath(path, ROOT) if inside else os.path.basename(path))
 
 
-def hardware(device):
-    """The name of the GPU, or of the processor with its number of cores."""
-    if str(device).startswith('cuda'):
-        return torch.cuda.get_device_name()
-    found = re.search('model name.*: (.*)', cpu_info())
-    name = found[1] if found else platform.processor() or platform.machine()
-    return f'{name.strip()}, {os.cpu_count()} cores'
-
-
 def git(words):
     """What git says of the repository whose top level is ROOT; '' where there is none."""
     above = os.path.dirname(os.path.realpath(ROOT))  # where no repository is looked for
@@ -47,13 +38,15 @@ def git(words):
 
 def provenance(device='cpu'):
     """Where a result comes from; attention: how model.py chooses its kernel."""
+    gpu, found = str(device).startswith('cuda'), re.search('model name.*: (.*)', cpu_info())
+    cpu = found[1].strip() if found else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name() if gpu else f'{cpu}, {os.cpu_count()} cores'
     commit = git('rev-parse --short=12 HEAD') or 'unknown'
     changed = git('status --porcelain -uno -- . ":!results" ":!*.md"')
-    gpu = str(device).startswith('cuda')
     attention = 'fused' if gpu else f'fused from {model.FUSED_FROM} keys, else two products'
     return {'command': ' '.join([os.path.basename(sys.argv[0]), *map(portable, sys.argv[1:])]),
             'commit': commit + (' (changed)' if changed else ''),
-            'date': datetime.date.today().isoformat(), 'hardware': hardware(device),
+            'date': datetime.date.today().isoformat(), 'hardware': hardware,
             'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)},
             'threads': torch.get_num_threads(), 'attention': attention}
 
@@ -87,7 +80,6 @@ def is_record(value):
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
-    require(is_record(record), f'{path} would be no record as lib/records.py has it')
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
     write_file(path, lambda f: f.write(text.encode()))

@@ -8,12 +8,14 @@ import hashlib
 import os
 import statistics
 import time
+from textwrap import indent
 
 import torch
 
 from lib.checkpoint import load, load_model
 from lib.device import pick_device
-from lib.docs import fill, merged
+from lib.docs import fill, markdown, merged
+from lib.files import write_file
 from lib.pictures import curves
 from lib.records import load_record, make_record, metric
 from lib.streaming import new_state, read_, stream
@@ -25,7 +27,6 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}',
         'generated tokens/s': '{metrics/generated_tokens_per_s|,.0f}'}
-ABLATIONS = {key: MAIN[key] for key in ('validation loss', 'training tokens/s', 'FLOPs/token')}
 PRESERVED = {'preserved context': '{metrics/preserved context}'}
 EQUAL = {'parameters': MAIN['parameters'], 'tokens': MAIN['training tokens'],
          'text': '{metrics/text}', 'order': '{metrics/order}', 'scored': '{metrics/scored}'}
@@ -37,11 +38,9 @@ def make(c, runs, s):
     complete leaves a note; s: the settings of compare.py."""
     done, device = [run for run in runs if run.complete()], pick_device(s.device)
     parts, models = zip(*map(part, done))
-    for record, model, speed in zip(parts, models, generation_speeds(models, device)):
-        record['metrics'].update(state_bytes=metric(new_state(model).nbytes),
-                                 generated_tokens_per_s=metric(speed, n=ROUNDS))
-    settings = {key: c[key] for key in ('tokens', 'ablation_tokens', 'same_window', 'full_window',
-                                        'prompts', 'new_tokens')}
+    for record, speed in zip(parts, generation_speeds(models, device)):
+        record['metrics']['generated_tokens_per_s'] = metric(speed, n=ROUNDS)
+    settings = {key: c[key] for key in c if key != 'seeds' and type(c[key]) is not dict}
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
     notes = [f'{run.name}, seed {run.seed}: {run.error or "not run to its end"}'
              for run in runs if run not in done]
@@ -53,14 +52,15 @@ def part(run):
     """The record of a run, from those that its folder holds, and its model."""
     trained, probed = (load_record(run.folder / f'{name}.json') for name in ('record', 'probe'))
     saved = load(run.folder / 'last.pt')
+    model = load_model(saved)
     order = hashlib.sha256(saved['task_state']['generator'].numpy().tobytes()).hexdigest()
-    about = {'text': metric(f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"),
-             'order': metric(order[:12]),
-             'scored': metric(trained['settings']['eval_tokens'] or 'all')}
+    text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
-            'metrics': {**probed['metrics'], **trained['metrics'], **about},
+            'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
+                        'order': metric(order[:12]), 'state_bytes': metric(new_state(model).nbytes),
+                        'scored': metric(trained['settings']['eval_tokens'] or 'all')},
             'settings': {'name': run.name, 'ablation': run.ablation, **run.settings},
-            'curves': {**trained['curves'], **probed['curves']}}, load_model(saved)
+            'curves': {**trained['curves'], **probed['curves']}}, model
 
 
 @torch.no_grad()
@@ -72,8 +72,7 @@ def generation_speeds(models, device):
         state = new_state(model.to(device).eval())
         read_(model, prompt, state)
         start = time.perf_counter()
-        for _ in stream(model, prompt[:, :0], state, NEW, temperature=0):
-            pass
+        list(stream(model, prompt[:, :0], state, NEW, temperature=0))
         rate.append(NEW / (time.perf_counter() - start))
     return [statistics.median(rate) for rate in rates]
 
@@ -81,7 +80,7 @@ def generation_speeds(models, device):
 def differences(parts, c):
     """Metrics: the loss of the first run minus that of same_window and of full_window, and of each
     ablation minus that of the first of them, with their standard errors over the seeds."""
-    rows, found = {**rows_of(parts, seeds=False), **rows_of(parts, True, seeds=False)}, {}
+    rows, found = rows_of(parts, None, '{name}'), {}
     first, short = next(iter(c['runs'])), next(iter(c['ablations']), '')
     pairs = [(first, c['same_window']), (first, c['full_window'])]
     for names in pairs + [(name, short) for name in c['ablations']]:
@@ -93,97 +92,69 @@ def differences(parts, c):
     return found
 
 
-def table(head, rows):
-    """Markdown of a table; None is an empty cell."""
-    rows = [['' if cell is None else str(cell) for cell in row] for row in rows]
-    return '\n'.join(f"| {' | '.join(cells)} |" for cells in (head, ['---'] * len(head), *rows))
-
-
-def rows_of(parts, ablation=False, seeds=True):
-    """{label: part} of the runs or the ablations; without seeds, all of a model merged."""
+def rows_of(parts, ablation=False, label='{name}, {seed}'):
+    """{label: part} of the runs, the ablations or, with None, both; those of a label merged."""
     found = {}
     for part in parts:
-        s = part['settings']
-        if s['ablation'] is ablation:
-            label = f"{s['name']}, {s['seed']}" if seeds else s['name']
-            found.setdefault(label, []).append(part)
+        if ablation in (None, part['settings']['ablation']):
+            found.setdefault(label.format(**part['settings']), []).append(part)
     return {label: merged(some) for label, some in found.items()}
 
 
-def metric_table(rows, columns):
+def table(rows, columns):
     """A table of {label: record} and {title: template of lib/docs.py}."""
-    return table(['', *columns], [[label, *(fill(text, record) for text in columns.values())]
-                                  for label, record in rows.items()])
+    return markdown(['', *columns], [[label, *(fill(text, record) for text in columns.values())]
+                                     for label, record in rows.items()])
 
 
-def curve_table(rows, name, template, more=None):
-    """A table of a curve's points, @ in the template, and of `more` columns after them."""
-    xs = sorted({point['x'] for record in rows.values()
-                 for point in record['curves'].get(name, {'points': []})['points']})
-    columns = {str(x): template.replace('@', f'curves/{name}/{x}') for x in xs}
-    return metric_table(rows, {**columns, **(more or {})})
+def columns_of(name, rows, template):
+    """Columns for the points of a curve, {x: template} with @ filled in."""
+    xs = {point['x'] for record in rows.values() for point in record['curves'][name]['points']}
+    return {str(x): template.replace('@', f'curves/{name}/{x}') for x in sorted(xs)}
 
 
-def main_table(record):
-    return metric_table(rows_of(record['parts'], seeds=False), MAIN)
+def context_table(rows):
+    return table(rows, {**columns_of('context curve', rows, '{@|.4f}'), **PRESERVED})
 
 
-def ablation_table(record):
-    return metric_table(rows_of(record['parts'], ablation=True), {**ABLATIONS, **PRESERVED})
-
-
-def context_table(record, ablation=False):
-    return curve_table(rows_of(record['parts'], ablation), 'context curve', '{@|.4f}', PRESERVED)
-
-
-def difference_table(record):
+def difference_table(metrics):
     """Which of two has the lower loss: 'open' within three standard errors or without one."""
-    rows = []
-    for name, m in record['metrics'].items():
-        verdict = 'ahead' if m['value'] < 0 else 'behind'
-        if m['error'] is None or abs(m['value']) <= 3 * m['error']:
-            verdict = 'open'
-        rows.append([name, f"{m['value']:+.4f}", m['error'] and f"{m['error']:.4f}", verdict])
-    return table(['loss', 'difference', 'standard error', 'the first is'], rows)
-
-
-def samples(record):
-    """Every prompt as the models go on with it: a list of sections."""
-    sections = []
-    for i, prompt in enumerate(record['settings']['prompts']):
-        sections.append(f'### {prompt.strip()}')
-        for label, run in rows_of(record['parts']).items():
-            if run['notes']:
-                text = run['notes'][i].rstrip().replace('\n', '\n    ')
-                sections.append(f'{label}:\n\n    {text}')
-    return sections
+    rows = {}
+    for name, m in metrics.items():
+        known = m['error'] is not None and abs(m['value']) > 3 * m['error']
+        verdict = ('ahead' if m['value'] < 0 else 'behind') if known else 'open'
+        rows[name] = {'loss': m, 'verdict': verdict}
+    return table(rows, {'difference in loss': '{loss|+.4f}', 'standard error': '{loss/error|.4f}',
+                        'the first is': '{verdict}'})
 
 
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
-    made_by = '`{command}`, commit {commit}, {date}, {hardware}'.format(**record)
-    runs, short = rows_of(record['parts']), rows_of(record['parts'], ablation=True)
-    worth, remote = (curve_table(runs, name, INTERVAL)
-                     for name in ('worth of longer history', 'remote co-occurrence'))
+    parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
+    runs, short, models = rows_of(parts), rows_of(parts, True), rows_of(parts, label='{name}')
     sections = [
-        '# Side by side', f"{made_by}; {record['settings']['jobs']} runs at a time. Losses are in "
-        f'nats per token, ± the standard deviation over the seeds.',
-        f"Left out: {'; '.join(record['notes']) or 'none'}.", main_table(record),
-        difference_table(record), 'Ahead or behind: by more than three standard errors over the '
-        'seeds. Speeds are medians. FLOPs: of matrix products, forward and backward.',
+        '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
+        'time. Losses are in nats per token, ± the standard deviation over the seeds.',
+        f"Left out: {'; '.join(record['notes']) or 'none'}.", table(models, MAIN),
+        difference_table(record['metrics']), 'Ahead or behind: by more than three standard errors '
+        'over the seeds. Speeds are medians. FLOPs: of matrix products, forward and backward.',
         '![](loss.png)', '## Loss by the tokens of history before a segment',
-        context_table(record), '![](context.png)',
-        'What still longer history is worth, with 95 % intervals:', worth,
+        context_table(runs), '![](context.png)',
+        'What still longer history is worth, with 95 % intervals:',
+        table(runs, columns_of('worth of longer history', runs, INTERVAL)),
         '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
-        'the least number of tokens between, with 95 % intervals:', remote,
-        '## Ablations', ablation_table(record), context_table(record, ablation=True),
-        '## What is equal', metric_table({**runs, **short}, EQUAL), '## Samples',
-        *samples(record)]
-    with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
-        f.write('\n\n'.join(sections) + '\n')
+        'the least number of tokens between, with 95 % intervals:',
+        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)),
+        '## Ablations', table(short, {**MAIN, **PRESERVED}), context_table(short),
+        '## What is equal', table({**runs, **short}, EQUAL), '## Samples']
+    for i, prompt in enumerate(record['settings']['prompts']):
+        sections.append(f'### {prompt.strip()}')
+        sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
+                     for label, run in runs.items() if run['notes']]
+    text = '\n\n'.join(sections) + '\n'
+    write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode()))
     for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
-        title = f"{name}, {fill('{metrics/text}', record['parts'][0])}, first seed"
-        models = rows_of(record['parts'], seeds=False)
+        title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
         shown = {label: model['curves'][name] for label, model in models.items()}
         if shown:
             curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')

@@ -11,9 +11,8 @@ BLOCKS = 100       # contiguous stretches of tokens behind a standard error
 
 @torch.no_grad()
 def token_losses(model, tokens, at=lambda done: None):
-    """The loss of every token of a text but the first, given the text before it: (N - 1,) float32
-    nats on the CPU. tokens (N,) int64 on the model's device, N >= 2; at(done) is told how many have
-    been read. The model's mode is left as it was."""
+    """The loss of every token of a text (N,) but the first, given the text before it: (N - 1,)
+    float32 nats on the CPU, in eval mode. at(done) is told how many tokens have been read."""
     was_training = model.training
     model.eval()
     losses = (stream_losses if carries(model) else window_losses)(model, tokens, at)
@@ -50,9 +49,8 @@ def window_losses(model, tokens, at):
 
 @torch.no_grad()
 def last_losses(model, rows, n):
-    """The loss of the last n tokens of each row, given nothing but what is before them in the row:
-    (M, n) float64 nats on the CPU. rows (M, T + 1) int64 on the device of the model, which is in
-    eval mode. A model with a carry counts its units from the row's start."""
+    """The loss of the last n tokens of rows (M, T + 1), given what is before them in the row alone:
+    (M, n) float64 nats on the CPU. A model with a carry counts its units from the row's start."""
     T, W, keeps = rows.size(1) - 1, model.config.block_size, carries(model)
     size = max(1, tokens_per_call(model) // T)
     if len(rows) > size:

@@ -26,13 +26,11 @@ def new_state(model, B=1):
 
 
 def empty_state(model, B, cached):
-    carry, device = blank_carry(model, B), next(model.parameters()).device
+    carry, zeros = blank_carry(model, B), next(model.parameters()).new_zeros
     N = model.config.block_size if carry is None else unit(model)
-    tokens = None
-    if carry is None or not cached:
-        tokens = torch.zeros(B, N, dtype=torch.int64, device=device)
-    logits = next(model.parameters()).new_zeros(B, model.config.vocab_size)
-    return Rows(read=torch.zeros(B, dtype=torch.int64), logits=logits, carry=carry, tokens=tokens,
+    kept = carry is None or not cached
+    return Rows(read=torch.zeros(B, dtype=torch.int64), logits=zeros(B, model.config.vocab_size),
+                carry=carry, tokens=zeros(B, N, dtype=torch.int64) if kept else None,
                 cache=model.new_cache(B) if cached else None)
 
 
@@ -67,11 +65,9 @@ def read(model, idx, state=None):
 
 @torch.inference_mode()
 def read_(model, idx, state):
-    """As read, in place, for speed; the logits are the state's own.
-
-    Raises ValueError for other rows than the state's or a model that drops activations, and
-    FloatingPointError, naming the token, if the model's logits are not finite.
-    """
+    """As read, in place, for speed; the logits are the state's own. Raises ValueError for other
+    rows than the state's or a model that drops activations, FloatingPointError if logits are not
+    finite, naming the token."""
     if len(idx) != len(state) or model.training and getattr(model.config, 'dropout', 0):
         raise ValueError('reading takes a row of tokens for every row of the state, and '
                          'model.eval()')
@@ -93,10 +89,7 @@ def read_rows(model, idx, state, count):
     while idx.size(1):
         logits, n, changes = advance(model, idx, state, count)
         if not math.isfinite(logits.sum().item()):
-            if n == 1:
-                raise FloatingPointError(f'the state is not finite at token {count}')
-            idx = idx[:, :n]  # token by token, to find the one
-            for token in idx.split(1, dim=1):
+            for token in idx[:, :n].split(1, dim=1) if n > 1 else ():  # to find the one
                 read_rows(model, token, state, count)
                 count += 1
             raise FloatingPointError(f'the state is not finite at token {count}')

@@ -9,18 +9,16 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import at_least, one_of
+from configurator import at_least
 from lib.console import Progress, require, say
-from lib.contract import carries
 from lib.gradients import to_device
-from lib.memory import MemoryTask, RandomSequences, missed
+from lib.memory import MemoryTask, RandomSequences
 from lib.processes import RANK, WORLD, mean
 from lib.records import metric
 from lib.rows import Rows, rowwise
 
 names = 32          # different names
 symbols = 16        # different filler symbols
-places = 'turn'     # of pairs: 'turn' (each a token before the last one's, in turn) or 'any'
 matched = True      # start from weights that compare names; False is GPT-2's usual start
 place_scale = 8.0   # of a matched start: the position embedding, times so much (docs/memory.md)
 pairs = 12          # most pairs of a sequence
@@ -35,9 +33,9 @@ DIGITS = 10  # tokens: the filler's from 0 on, then the digits, MARK, ASK and th
 
 
 class Sequences(RandomSequences):
-    """Sequences of pairs. Rows of them, as far as they are read: names and digits (B, names)
-    in the order in which they come, most (B,) pairs shown in all, shown (B,) so far, start (B,) the
-    place of the first, carry the memory."""
+    """Sequences of pairs, one a segment, each a token before the last one's, in turn. Rows of them,
+    as far as they are read: names and digits (B, names) in the order in which they come, most (B,)
+    pairs in all, shown (B,) so far, start (B,) the place of the first, carry the memory."""
 
     def __init__(self, s, seed):
         super().__init__(seed)
@@ -63,39 +61,32 @@ class Sequences(RandomSequences):
 
     def at_once(self, rows, n):
         """One segment with n pairs in it, side by side, (B, l)."""
-        B = len(rows)
-        x = self.integers(0, self.s.symbols, B, self.l)
+        x, everyone = self.integers(0, self.s.symbols, len(rows), self.l), torch.arange(len(rows))
         for pair in range(n):
-            self.show(rows, x, torch.arange(B), torch.full((B,), 3 * pair))
+            self.show(rows, x, everyone, 3 * pair)
         return x
 
     def further(self, rows, n, often):
-        """The next n segments, (B, n * l): the first of all shows a pair, later ones as often as
-        told, while there are any."""
-        B, l = len(rows), self.l
-        x = self.integers(0, self.s.symbols, B, n * l)
+        """The next n segments, (B, n * l): the first of all shows a pair, later ones as `often`."""
+        x = self.integers(0, self.s.symbols, len(rows), n * self.l)
         for segment in range(n):
-            shows = (self.uniform(B) < often) | (rows.shown == 0)
+            shows = (self.uniform(len(rows)) < often) | (rows.shown == 0)
             some = (shows & (rows.shown < rows.most)).nonzero()[:, 0]
-            at = (rows.start[some] - rows.shown[some]) % (l - 2)
-            if self.s.places == 'any':
-                at = self.integers(0, l - 2, len(some))
-            self.show(rows, x, some, segment * l + at)
+            at = (rows.start[some] - rows.shown[some]) % (self.l - 2)
+            self.show(rows, x, some, segment * self.l + at)
         return x
 
     def ask_for(self, rows, which):
-        """Questions for the pairs which (B, Q), counted in the order in which they came, as many in
-        a segment as fit. Returns tokens and targets, (B * ceil(Q / (l // 3)), l) each: -1 where
-        nothing is asked for."""
+        """Questions for the pairs which (B, Q), in the order in which they came, as many in a
+        segment as fit: tokens and targets (B * ceil(Q / (l // 3)), l), -1 where none is asked."""
         (B, Q), fit = which.shape, self.l // 3
         x = self.integers(0, self.s.symbols, B, -(-Q // fit), self.l)
         y, everyone = torch.full_like(x, -1), torch.arange(B)
         for q, pair in enumerate(which.T):
             segment, at = q // fit, q % fit * 3
-            digit = rows.digits[everyone, pair]
             x[:, segment, at] = self.ask
             x[:, segment, at + 1] = rows.names[everyone, pair]
-            x[:, segment, at + 2] = y[:, segment, at + 1] = digit
+            x[:, segment, at + 2] = y[:, segment, at + 1] = rows.digits[everyone, pair]
         return x.view(-1, self.l), y.view(-1, self.l)
 
 
@@ -114,43 +105,36 @@ def ask(model, sequences, rows, which, device):
     return loss, right.view(which.shape).cpu()
 
 
-def check(s):
-    """Refuse settings that would fail later."""
-    at_least(s, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, segments=1,
-             questions=1)
-    one_of(s, places=('turn', 'any'))
-    require(max(s.pairs, s.together) <= s.names, f'pairs={s.pairs} and together={s.together} need '
-            f'as many names, not {s.names}')
-    require(s.together <= s.segment_size // 3, f'together={s.together} pairs of three tokens do '
-            f'not fit into a segment of {s.segment_size}')
-    require(s.fresh <= s.batch_size and s.fresh % WORLD == 0, f'fresh={s.fresh} must be at most '
-            f'batch_size={s.batch_size}, and shared equally by {WORLD} processes')
-
-
 class Task(MemoryTask):
     """Trains in two lessons: all pairs in one segment, then pairs one a segment, walking on."""
 
     KEPT = 'lesson', 'recall'
 
     def __init__(self, s):
-        check(s)
+        at_least(s, names=1, symbols=1, segment_size=3, pairs=1, together=1, fresh=1, segments=1,
+                 questions=1)
+        require(max(s.pairs, s.together) <= s.names, f'pairs={s.pairs} and together={s.together} '
+                f'need as many names, not {s.names}')
+        require(s.together <= s.segment_size // 3, f'together={s.together} pairs of three tokens '
+                f'do not fit into a segment of {s.segment_size}')
+        require(s.fresh <= s.batch_size and s.fresh % WORLD == 0, f'fresh={s.fresh} must be at '
+                f'most batch_size={s.batch_size}, and shared equally by {WORLD} processes')
         super().__init__(s, Sequences(s, s.seed + 1_000_003 * RANK))
-        self.fresh, self.lesson, self.recall = s.fresh // WORLD, 1, 0.0
+        self.fresh, self.asked = s.fresh // WORLD, f'{s.pairs} pairs recalled'
+        self.lesson = 1 if s.init_from in ('scratch', 'resume') else 2
 
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
-        require(carries(model), "the task 'pairs' takes a model with a carry: --model_type=fold")
+        require(self.carries, "the task 'pairs' takes a model with a carry: --model_type=fold")
         if self.s.matched and self.s.init_from == 'scratch':
             match_names(model, self.s.place_scale)
-        if self.s.init_from not in ('scratch', 'resume'):
-            self.lesson = 2
 
     def backward(self):
         rows, x = self.next_rows()
         Q = self.s.questions * (self.s.segment_size // 3)
         with self.autocast:
             read(self.model, rows, x, self.device)
-            if self.lesson == 2 and self.walkers is not None:
+            if self.walkers is not None:
                 further = self.sequences.further(self.walkers, self.s.segments, self.s.often)
                 read(self.model, self.walkers, further, self.device)
                 rows = rows.join(self.walkers)
@@ -161,7 +145,7 @@ class Task(MemoryTask):
         if self.lesson == 2:
             old = self.sequences.uniform(len(rows) - self.fresh).argsort()[:self.B - self.fresh]
             self.walkers = rows.pick(torch.cat((torch.arange(self.fresh), self.fresh + old)))
-        self.recall += 0.05 * (mean(right.float().mean()).item() - self.recall)
+        self.follow(right, 0.05)
         if self.lesson == 1 and self.recall >= self.s.passed_at:
             self.lesson, self.recall = 2, 0.0
         return mean(loss.detach()), WORLD * len(rows) * x.size(1)
@@ -177,25 +161,19 @@ class Task(MemoryTask):
         return rows, sequences.further(rows, s.segments, s.often)
 
     def figures(self):
-        load = self.s.together
-        if self.walkers is not None:
-            load = round(self.walkers.shown.float().mean().item(), 2)
-        return {'lesson': self.lesson, 'recall': round(self.recall, 4), 'pairs_shown': load}
+        load = self.walkers.shown.float().mean().item() if self.walkers else self.s.together
+        return {'lesson': self.lesson, 'recall': round(self.recall, 4),
+                'pairs_shown': round(load, 2)}
 
-    def evaluate(self):
-        """The share of pairs missed, of s.pairs in each of 100 fresh sequences."""
-        recall, n = recall_of(self.model, self.s, self.s.pairs, 100, 0, self.device), 100
-        return missed(sum(recall) / len(recall), n * len(recall))
-
-    def describe(self, figures):
-        return f"{1 - figures['val_loss']:.3f} of {self.s.pairs} pairs recalled"
+    def measure(self):
+        n = self.s.pairs
+        return sum(recall_of(self.model, self.s, n, 100, 0, self.device)) / n, 100 * n
 
 
 def match_names(model, place_scale):
     """Start attention where it compares and copies, in place: keys equal to queries, and larger,
     values and outputs near the identity, tokens larger than places (mimetic initialization,
-    Trockman and Kolter 2023). From GPT-2's usual start, finding a pair by its name does not set in.
-    Raises SystemExit if the model has not a GPT's parts."""
+    Trockman and Kolter 2023). Finding a pair by its name does not set in from GPT-2's start."""
     require(hasattr(model, 'transformer'), "matched=True takes a GPT's parts: --matched=False")
     C = model.config.n_embd
     with torch.no_grad():
@@ -213,9 +191,7 @@ def match_names(model, place_scale):
 def recall_of(model, s, n, count, wait, device):
     """Recall of n pairs in fresh sequences, `wait` segments after the last: the share of right
     answers in the order in which the pairs were shown, a list of n."""
-    was_training, right = model.training, torch.zeros(n)
-    model.eval()
-    sequences = Sequences(s, s.seed + 1_000_003 + n)
+    right, sequences = torch.zeros(n), Sequences(s, s.seed + 1_000_003 + n)
     for some in torch.arange(count).split(50):
         rows = sequences.rows(torch.full_like(some, n))
         read(model, rows, sequences.further(rows, n, 1.0), device)
@@ -224,7 +200,6 @@ def recall_of(model, s, n, count, wait, device):
         which = sequences.uniform(len(some), n).argsort(dim=1)
         answers = ask(model, sequences, rows, which, device)[1]
         right.index_add_(0, which.flatten(), answers.flatten().float())
-    model.train(was_training)
     return (right / count).tolist()
 
 

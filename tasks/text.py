@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from configurator import at_least
-from lib.console import require
+from lib.console import require, say
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_writer, mean, my_share, sum_over
@@ -22,90 +22,55 @@ stream = False           # rows read the corpus in order, a carry passing from u
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
 
 
-def check(s):
-    """Refuse settings that would fail later, or worse, not fail at all."""
-    at_least(s, stretch=0, eval_tokens=0)
-    B, T, span = s.batch_size, s.block_size, s.stretch or s.block_size
-    require(s.eval_tokens != 1, 'eval_tokens=1 leaves no token to predict: take 2 or more, or 0')
-    require(s.stretch % T == B * T % span == 0, f'stretch={s.stretch} must be a multiple of '
-            f'block_size={T} and divide batch_size * block_size = {B * T}')
-    require(not (s.stretch and s.stream), 'stream=True reads the corpus in order: set stretch=0')
-    require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} sequences '
-            f'equally, in stretches of {span} tokens')
+def open_data(s, name):
+    """Folder and meta of a data set, which is prepared now if it is missing."""
+    folder = os.path.join(ROOT, s.data_dir, name)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
+    return folder, load_meta(folder)
 
 
 def find_data(s):
-    """Name and meta of the data set, prepared now if it is missing; the offline one if it cannot
-    be had."""
-    data_dir = os.path.join(ROOT, s.data_dir)
-    for name in filter(None, (s.dataset, s.offline_dataset)):
-        folder = os.path.join(data_dir, name)
-        try:
-            if not os.path.exists(os.path.join(folder, 'meta.json')):
-                prepare(name, data_dir=data_dir)
-            return name, load_meta(folder)
-        except DownloadError as error:
-            if not s.offline_dataset or name == s.offline_dataset:
-                raise
-            print(f"{error}\n{'!' * 80}\n!!! '{name}' cannot be downloaded. TRAINING ON "
-                  f"'{s.offline_dataset}' INSTEAD (offline_dataset);\n!!! do not compare the "
-                  f"losses.\n{'!' * 80}", flush=True)
-
-
-class Streams:
-    """Rows that read a corpus in order, and bring a carry from sequence to sequence.
-
-    Row r of R starts at r / R of the corpus. A row that has less than a whole sequence before it
-    begins anew at token 0, its carry dropped there: what it skips is less than a sequence, and
-    stands elsewhere in those of other rows.
-    """
-
-    def __init__(self, R, T, corpus_size):
-        self.T, self.corpus_size = T, corpus_size
-        first = torch.arange(R) * (corpus_size - T) // R  # (R,) of the next sequence
-        self.rows = Rows(at=first, fresh=torch.ones(R, dtype=torch.bool), carry=None)
-
-    def advance(self, which):
-        """Step on with rows `which` (B,): first tokens of their sequences, whether they have no
-        carry (B,)."""
-        at, fresh = self.rows.at[which], self.rows.fresh[which]
-        ended = at + self.T >= self.corpus_size  # the last token is the target of the one before
-        at, fresh = at.masked_fill(ended, 0), fresh | ended
-        self.rows.put(which, Rows(at=at + self.T, fresh=torch.zeros_like(fresh)))
-        return at, fresh
-
-    def groups(self, which, fresh):
-        """Rows parted by whether they have a carry: pairs of places in `which`, carry or None."""
-        if self.rows.carry is None:
-            return [(slice(None), None)]
-        old, new = (~fresh).nonzero()[:, 0], fresh.nonzero()[:, 0]
-        carry = rowwise(lambda c: c[which[old]], self.rows.carry)
-        return [(places, c) for places, c in ((old, carry), (new, None)) if len(places)]
+    """Name, folder and meta of the data set; of the offline one if it cannot be had."""
+    try:
+        return s.dataset, *open_data(s, s.dataset)
+    except DownloadError as error:
+        if s.offline_dataset in ('', s.dataset):
+            raise
+        say(f"{error}\n{'!' * 80}\n!!! '{s.dataset}' cannot be downloaded. TRAINING ON "
+            f"'{s.offline_dataset}' INSTEAD (offline_dataset);\n!!! do not compare the losses.\n"
+            f"{'!' * 80}")
+        return s.offline_dataset, *open_data(s, s.offline_dataset)
 
 
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""
 
     def __init__(self, s):
-        check(s)
-        name, meta = from_writer(lambda: find_data(s))
-        self.s, self.tokenizer = s, meta['tokenizer']
+        at_least(s, stretch=0, eval_tokens=0)
+        B, T, span = s.batch_size, s.block_size, s.stretch or s.block_size
+        require(s.eval_tokens != 1, 'eval_tokens=1 leaves no token to predict: take 2 or more')
+        require(s.stretch % T == B * T % span == 0, f'stretch={s.stretch} must be a multiple of '
+                f'block_size={T} and divide batch_size * block_size = {B * T}')
+        require(not (s.stretch and s.stream), 'stream=True reads in order: set stretch=0')
+        require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} '
+                f'sequences equally, in stretches of {span} tokens')
+        name, folder, meta = from_writer(lambda: find_data(s))
+        self.s, self.tokenizer, self.span = s, meta['tokenizer'], span
         self.data = {'dataset': name, 'wanted': s.dataset, 'sha256': meta['sha256']}
         self.sizes = {'vocab_size': meta['vocab_size']}
-        folder = os.path.join(ROOT, s.data_dir, name)
         self.train_data, val_data = (np.memmap(os.path.join(folder, f'{part}.bin'), np.uint16, 'r')
                                      for part in ('train', 'val'))
         val_data = val_data[:s.eval_tokens or None]
-        longest = max(s.block_size, s.stretch)
-        require(len(self.train_data) > longest and len(val_data) > 1,
-                f"data set '{name}' is too short ({len(self.train_data)} training and "
-                f'{len(val_data)} validation tokens) for sequences of {longest}: lower block_size '
-                f'or take a longer text')
+        require(len(self.train_data) > span and len(val_data) > 1, f"data set '{name}' is too "
+                f'short ({len(self.train_data)} training and {len(val_data)} validation tokens) '
+                f'for sequences of {span}: lower block_size or take a longer text')
         self.val_data = torch.from_numpy(val_data.astype(np.int64))
         self.generator = torch.Generator().manual_seed(s.seed)
-        rows = torch.arange(s.batch_size * s.gradient_accumulation_steps)  # of an update
-        self.micro_batches = rows.split(s.batch_size)
-        self.streams = Streams(len(rows), s.block_size, len(self.train_data)) if s.stream else None
+        rows = torch.arange(B * s.gradient_accumulation_steps)  # of an update
+        self.micro_batches = rows.split(B)
+        self.streams = s.stream and Rows(at=rows * (len(self.train_data) - T) // len(rows),
+                                         fresh=torch.ones(len(rows), dtype=bool), carry=None)
 
     @property
     def note(self):
@@ -128,25 +93,33 @@ class Task:
         return mean(total), n * self.s.batch_size * self.s.block_size
 
     def backward_streams(self, rows, share):
-        """backward of this process's share of the streams `rows`; keeps their carries."""
-        starts, fresh = self.streams.advance(rows)
-        rows, total = my_share(rows), 0.0
-        x, y = self.sequences(my_share(starts), self.s.block_size)
-        for places, carry in self.streams.groups(rows, my_share(fresh)):
-            part = share * len(x[places]) / len(x)
-            loss, carry = backpropagate(self.model, x[places], y[places], carry, part,
-                                        **self.kwargs)
-            self.streams.rows.put(rows[places], Rows(carry=carry))
-            total += loss
+        """backward of this process's share of the streams `rows`; keeps their carries. Stream r of
+        R starts at r / R of the corpus. With less than a whole sequence before it, it begins anew
+        at token 0, its carry dropped: what it skips stands elsewhere in those of other streams."""
+        streams, T, total = self.streams, self.s.block_size, 0.0
+        ended = rows[streams.at[rows] + T >= len(self.train_data)]  # the last one is a target alone
+        streams.at[ended], streams.fresh[ended] = 0, True
+        own = my_share(rows)
+        x, y = self.sequences(streams.at[own], T)
+        for fresh in (False, True):  # those with a carry, those without
+            some = (streams.fresh[own] == fresh).nonzero()[:, 0]
+            if len(some):
+                carry = None if fresh else rowwise(lambda c: c[own[some]], streams.carry)
+                part = share * len(some) / len(own)
+                loss, carry = backpropagate(self.model, x[some], y[some], carry, part,
+                                            **self.kwargs)
+                streams.put(own[some], Rows(carry=carry))
+                total += loss
+        streams.at[rows] += T
+        streams.fresh[rows] = carry is None
         return total
 
     def random_sequences(self):
         """This process's share of a micro-batch; all processes draw all of it, so that it does not
         depend on their number."""
-        span = self.s.stretch or self.s.block_size
-        count = self.s.batch_size * self.s.block_size // span
-        starts = torch.randint(len(self.train_data) - span, (count,), generator=self.generator)
-        return self.sequences(my_share(starts), span)
+        count = self.s.batch_size * self.s.block_size // self.span
+        starts = torch.randint(len(self.train_data) - self.span, (count,), generator=self.generator)
+        return self.sequences(my_share(starts), self.span)
 
     def sequences(self, starts, span):
         """Inputs and targets, (B, block_size) of uint16 each, cut from pieces of span tokens."""
@@ -163,27 +136,25 @@ class Task:
         return dict(zip(('val_loss', 'val_error'), scored))
 
     def describe(self, figures):
-        error = figures['val_error']
-        spread = '' if error is None else f' +- {error:.4f}'
+        spread = f" +- {figures['val_error']:.4f}" if figures['val_error'] else ''
         return f"validation loss {figures['val_loss']:.4f}{spread} nats per token"
 
     def state(self):
         """Where the random numbers of the data and the streams stand, of all processes."""
         state = {'generator': self.generator.get_state(), 'streams': None}
         if self.streams:
-            rows = self.streams.rows
-            mine = torch.cat([my_share(rows) for rows in self.micro_batches])
+            own = torch.cat([my_share(rows) for rows in self.micro_batches])
             carry = rowwise(lambda c: sum_over(torch.zeros_like(c).index_copy(
-                0, mine.to(c.device), c[mine])), rows.carry)
-            state['streams'] = {**vars(rows), 'carry': carry}
+                0, own.to(c.device), c[own])), self.streams.carry)
+            state['streams'] = {**vars(self.streams), 'carry': carry}
         return state
 
     def load_state(self, state, device):
         self.generator.set_state(state['generator'])
         if self.streams and state['streams']:
-            rows = Rows(**state['streams'])
-            require(len(rows) == len(self.streams.rows), f"the checkpoint's streams are "
-                    f'{len(rows)} rows, batch_size * gradient_accumulation_steps is '
-                    f'{len(self.streams.rows)}: stream=False goes on without them')
-            rows.carry = rowwise(lambda c: c.to(device), rows.carry)
-            self.streams.rows = rows
+            have, streams = len(self.streams), Rows(**state['streams'])
+            require(len(streams) == have, f"the checkpoint's streams are {len(streams)} rows, "
+                    f'batch_size * gradient_accumulation_steps is {have}: stream=False goes on '
+                    f'without them')
+            streams.carry = rowwise(lambda c: c.to(device), streams.carry)
+            self.streams = streams

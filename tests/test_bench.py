@@ -10,7 +10,6 @@ import pytest
 import bench
 from configurator import configure
 from lib import records
-from lib.bench_sides import in_process
 
 FLAGS = ['--sizes=1+1x16x2', '--segment_size=4', '--batch_size=4', '--window=8', '--rounds=2',
          '--starts=2', '--steps=1', '--threads=1', '--block_sizes=4,8,16', '--device=cpu']
@@ -54,12 +53,12 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
 
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
-    assert in_process('speed', 'fold truncated', '1+1x16x2', 8, s) > 0
-    before, after = in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
+    assert bench.in_process('speed', 'fold truncated', '1+1x16x2', 8, s) > 0
+    before, after = bench.in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
     assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
     why = '^error: fold at 1.1x16x3, 8 tokens, ended: .*n_head'
     with pytest.raises(SystemExit, match=why) as ended:
-        in_process('speed', 'fold', '1+1x16x3', 8, s)
+        bench.in_process('speed', 'fold', '1+1x16x3', 8, s)
     assert '\n' not in str(ended.value)
 
 

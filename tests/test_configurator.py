@@ -101,10 +101,9 @@ def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings,
 
 
 @pytest.mark.parametrize('key, texts, value', [
-    ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('batch_size', ['9007199254740993'], 2 ** 53 + 1),
-    ('dropout', ['1'], 1.0), ('dropout', ['1e-3'], 0.001), ('dropout', ['inf'], float('inf')),
-    ('compile', ['True', 'tRUE'], True), ('compile', ['FALSE'], False),
-    ('note', [' a=3 '], ' a=3 ')])
+    ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('dropout', ['inf'], float('inf')),
+    ('batch_size', ['9007199254740993'], 2 ** 53 + 1), ('dropout', ['1', '1e0'], 1.0),
+    ('compile', ['True', 'tRUE'], True), ('compile', ['FALSE'], False), ('note', [' a=3'], ' a=3')])
 def test_flag_values(settings, key, texts, value):
     for text in texts:
         found = getattr(configure(settings, [f'--{key}={text}']), key)
@@ -115,13 +114,11 @@ def test_flag_values(settings, key, texts, value):
     ('--batch_size=4.5', "--batch_size='4.5'|an integer"), ('--batch_size=', "''|integer"),
     ('--batch_size=True', "'True'|integer"), ('--batch_size=1e300', 'integer'), ('--', 'key=value'),
     ('--batch_size=inf', 'integer'), ('--batch_size=nan', 'integer'), ('--=4', 'unknown'),
-    ('--dropout=nan', "'nan'|a number"), ('--dropout=x\ny', 'dropout|a number'),
-    ('--dropout=' + 'x ' * 500, 'number'), ('--compile=1', "'1'|True or False"),
-    ('--batch-size=4', '--batch-size|did you mean --batch_size?'), ('--zzz=4', '--zzz|--help'),
+    ('--dropout=nan', "'nan'|a number"), ('--dropout=' + 'x\n' * 500, 'dropout|a number'),
+    ('--compile=1', "'1'|True or False"), ('--zzz=4', '--zzz|--help'), ('', '--key=value'),
     ('--LIMIT=2', 'unknown'), ('--_private=2', 'unknown'), ('--items=2', 'unknown'),
     ('--batch_size', "'--batch_size' is not --key=value"), ('-b', "'-b' is not --key=value"),
-    ('batch_size=4', "'batch_size=4' is no config file and not --key=value"), ('', '--key=value'),
-    ('-batch_size=4', 'did you mean --batch_size?')])
+    ('batch_size=4', 'no config file and not --key=value'), ('-batch_size=4', '--batch_size?')])
 def test_bad_arguments(settings, flag, words):
     check_error(words, configure, settings, ['--note=x', flag])
 
@@ -131,10 +128,10 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
     write("batch_size = 2\nnote = 'two'", 'two.py')
     s = configure(settings, ['--note=flag', 'one.py', 'two.py'])
     assert (s.batch_size, s.note, s.dropout, type(s.dropout)) == (2, 'flag', 0.0, float)
-    assert configure(settings, ['two.py', 'one.py']).batch_size == 1
     # they may compute, and are looked for here first
     write("note = 'beside'", 'config/my.py', os.path.dirname(settings['__file__']))
     assert configure(settings, ['config/my.py']).note == 'beside'
+    check_error("'config/mi' is|did you mean config/my.py?", configure, settings, ['config/mi'])
     os.mkdir('config')
     write('import os\nfrom math import floor\n_n = 3\nclass C: pass\ndef double(x): return _n * x\n'
           'batch_size = double(2) * 1.0\nnote = os.path.basename(__file__)', 'config/my.py')
@@ -143,11 +140,10 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('batchsize = 3', "unknown key my.py: batchsize: did you mean batch_size?"),
+    ('batchsize = 3', 'unknown key my.py: batchsize: did you mean batch_size?'),
     ('batch_size = True', 'my.py: batch_size=True|integer'), ('steps = [1]', 'steps: --help'),
-    ('batch_size = 2 ** 63', 'an integer'), ("dropout = '1'", 'number'), ('note = None', 'None'),
-    ('dropout = 10 ** 400', 'number'), ('dropout = True', '='),
-    ('compile = 1', 'compile=1|True or False'), ('import os as note', 'note=|text'),
+    ('batch_size = 2 ** 63', 'integer'), ("dropout = '1'", 'number'), ('note = None', 'None'),
+    ('dropout = 10 ** 400', 'number'), ('compile = 1', 'True'), ('import os as note', 'text'),
     ("note = 'x'\nbatch_size = = 3", 'my.py:2:|SyntaxError'), ("x = '\0'", 'my.py:1:|null bytes'),
     ('def f():\n    raise ValueError("a\\nb")\n\nf()', 'my.py:2:|ValueError: a b'),
     ("note = '1'\n\ncompile('= =', 'other.py', 'exec')", 'my.py:3:|SyntaxError'),
@@ -156,15 +152,6 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
 def test_bad_config_files(settings, text, words):
     write(text)
     check_error(words, configure, settings, ['my.py'])
-
-
-def test_missing_config_file(settings):
-    write('', 'config/shakespeare.py', os.path.dirname(settings['__file__']))
-    os.mkdir('folder.py')
-    for name, words in (('config/shakespear.py', "shakespear.py'|did you mean config/shakespeare.py"),
-                        ('shakespeare', 'did you mean config/shakespeare.py?'),
-                        ('folder.py', "'folder.py' is no config file|--key=value")):
-        check_error(words, configure, settings, [name])
 
 
 def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(settings):
@@ -178,12 +165,11 @@ def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(s
 
 
 def test_positional_key(settings, capsys):
-    assert configure(settings, ['my.py'], positional='note').note == 'my.py'
-    assert configure(settings, ['text', '--note=flag'], positional='note').note == 'flag'
-    check_error("only one note can be given|'b'", configure, settings, ['a', 'b'], positional='note')
+    assert configure(settings, ['--out_dir=x', 'my.py'], positional='note').note == 'my.py'
+    check_error("only one note|'b'", configure, settings, ['a', 'b'], positional='note')
     with pytest.raises(SystemExit):
         configure(settings, ['-h'], positional='note')  # of a script whose source is not there
-    assert capsys.readouterr().out.startswith('usage: python train.py NOTE [--key=value ...]\n\n  --')
+    assert capsys.readouterr().out.startswith('usage: python train.py NOTE [--key=value ...]\n\n')
 
 
 def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
@@ -193,8 +179,6 @@ def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
 
     def parts(values):
         known.update(values)
-        if values['note'] == 'tsk':
-            raise SystemExit("error: unknown note 'tsk'")
         return {'n': [], 'task': [task], 'wide': [task, Wide]}[values['note']]
     write("steps = 7\nnote = 'task'\nbatch_size = 3")
     s = configure(settings, ['my.py', '--batch_size=4'], parts=parts)
@@ -202,11 +186,9 @@ def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
     assert known['batch_size'] == 4 and not {'steps', 'LIMIT', 'items'} & {*known}
     s = configure(settings, ['my.py', '--note=wide', '--carry=gated'], parts=parts)
     assert [*s.as_dict().items()][-3:] == [('steps', 7), ('width', 4), ('carry', 'gated')]
-    assert s.batch_size == 3  # the script's own
-    for argv, words in ((['--note=task', '--step=7'], 'did you mean --steps?'),
-                        (['--note=tsk', '--steps=7'], "unknown note 'tsk'"),
-                        (['my.py', '--note=n'], "unknown key my.py: steps")):
-        check_error(words, configure, settings, argv, parts=parts)
+    check_error('did you mean --steps?', configure, settings, ['--note=task', '--step=7'],
+                parts=parts)
+    check_error('unknown key my.py: steps', configure, settings, ['my.py', '--note=n'], parts=parts)
     with pytest.raises(SystemExit):
         configure(settings, ['--note=wide', '--help'], parts=parts)
     assert capsys.readouterr().out.endswith(
@@ -225,18 +207,17 @@ def test_merging_the_settings_of_a_resumed_run():
 
 
 def test_help_settings_and_errors_of_a_script(tmp_path):
-    for argv in (['--help'], ['--name=x', '-h']):
-        done = run_script(tmp_path, SCRIPT, *argv)
-        assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
+    done = run_script(tmp_path, SCRIPT, '--name=x', '-h')
+    assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
     done = run_script(tmp_path, SCRIPT, '--late=3')
-    assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == 'error: unknown key --late: --help lists the keys\n'
+    error = 'error: unknown key --late: --help lists the keys\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', error)
 
 
 def test_small_helpers():
     assert show(Settings({'a': 1, 'long': 'x'})) == "a    = 1\nlong = 'x'"
     check_error('a must be at least 2, not 1', at_least, Settings({'a': 1}), a=2)
-    check_error("a must be one of 'x', 'y', not 1", one_of, Settings({'a': 1}), a=('x', 'y'))
+    check_error("a must be one of 2, 'y', not 1", one_of, Settings({'a': 1}), a=(2, 'y'))
     assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1, multiple=12)]
     for text in ('', '12,x', '0', '1.5', '12,20', '-12'):
         check_error('at must be whole numbers', numbers, 'at', text, least=1, multiple=12)

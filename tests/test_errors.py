@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT
 from test_sample import change, model_dir, other_chars  # noqa: F401 (a fixture)
 
-from lib.checkpoint import FILES
+from lib.checkpoint import FILES, save
 
 
 def check(done, *parts):
@@ -126,10 +127,6 @@ def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     assert contents(tmp_path) == before and done.out == ''
 
 
-def prefixed(prefix):
-    return lambda weights: {prefix + name: value for name, value in weights.items()}
-
-
 def sizes(**changed):
     return lambda sizes: {**sizes, **changed}
 
@@ -139,13 +136,14 @@ def sizes(**changed):
     (lambda raw: b'', ['is not a readable checkpoint: it is no file of torch']),
     (lambda raw: raw[:-5000], ['is not a readable checkpoint: it is damaged']),
     (lambda raw: raw[:50_000] + bytes(2000) + raw[52_000:], ['it is damaged']),
+    ([1], ['it holds no dictionary']),
     (dict(best_val_loss=np.float64(1)), ['it holds objects of another program']),
     (dict(model=None), ["its 'model' is missing or damaged"]),
     (dict(model={}), ['the checkpoint has no']),
     (dict(model={3: torch.ones(3)}), ['damaged']),
     (dict(model=lambda weights: {n: v.to_sparse() for n, v in weights.items()}), ['damaged']),
     (dict(model=lambda weights: {n: v * torch.nan for n, v in weights.items()}), ['not finite']),
-    (dict(model=prefixed('body.')), ['the checkpoint has a body.']),
+    (dict(model=lambda weights: {f'a.{n}': v for n, v in weights.items()}), ['has a a.']),
     (dict(model_args=None), ["its 'model_args' is missing or damaged"]),
     (dict(model_args=[1]), ["its 'model_args' is missing or damaged"]),
     (dict(model_args=dict(n_embd=16)), ["its 'model_args' is missing or damaged"]),
@@ -162,8 +160,10 @@ def test_checkpoints(run, train, model_dir, tmp_path, spoiled, parts):  # noqa: 
     path = model_dir / 'ckpt.pt'
     if isinstance(spoiled, dict):
         change(path, **spoiled)
-    else:
+    elif callable(spoiled):
         path.write_bytes(spoiled(path.read_bytes()))
+    else:
+        torch.save(spoiled, path)
     before = contents(tmp_path)
     check(run('sample.py', f'--out_dir={model_dir}'), *parts)
     check(run('probe.py', f'--out_dir={model_dir}'), *parts)
@@ -208,26 +208,34 @@ def test_checkpoints_that_do_not_fit(train, tmp_path):
     check(train(init_from=plain), 'vocabulary is not that of')
 
 
-def test_a_full_disk(run, train, model_dir, tmp_path, data_dir):  # noqa: F811
-    def limited(size, script, *args):
-        """Run a script under a limit on the size of the files it writes."""
-        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
-        try:
-            return run(script, f'--out_dir={model_dir}', '--device=cpu', *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert train(overwrite=True).code == 0
-    assert run('sample.py', f'--out_dir={model_dir}', f"--save_state={tmp_path / 's'}").code == 0
-    before = contents(tmp_path)
-    check(limited(600, 'sample.py', f"--save_state={tmp_path / 's'}"), 'cannot write', 'is kept')
+@contextmanager
+def limited(size):
+    """A limit on the size of the files that are written: to who writes them, a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize('size', [600, 20_000])
+def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: F811
+    common = f'--out_dir={model_dir}', '--device=cpu'
     small = '--histories=0,4', '--bins=4,8', '--targets=5', f'--data_dir={data_dir}'
-    check(limited(600, 'probe.py', *small), 'cannot write', 'probe.json')
+    assert train(overwrite=True).code == 0
+    assert run('sample.py', *common, f"--save_state={tmp_path / 's'}").code == 0
+    before = contents(tmp_path)
+    with limited(600):
+        check(run('sample.py', *common, f"--save_state={tmp_path / 's'}"), 'too large', 'is kept')
+        check(run('probe.py', *common, *small), 'cannot write', 'probe.json')
+    with limited(15_000), pytest.raises(SystemExit, match='File too large'):  # torch reports it
+        save(tmp_path / 'large.pt', {'weights': torch.zeros(10_000)})
     assert contents(tmp_path) == before
-    for size, words in ((600, 'cannot write'), (20_000, 'last.pt')):
-        check(limited(size, 'train.py', '--init_from=resume', '--max_iters=21'), words)
-        after = contents(tmp_path)
-        assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
+    with limited(size):
+        check(run('train.py', *common, '--init_from=resume', '--max_iters=21'), 'too large')
+    after = contents(tmp_path)
+    assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
 
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):

@@ -131,7 +131,7 @@ def test_the_script(train, run, tmp_path, data_dir):
     assert len(list(out.glob('probe*.png'))) == 3 and f'loss {loss:.4f} +- ' in done.out
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
                        ('--bins=9,x', 'bins must be'),
-                       ('--file=nowhere.txt', 'No such file'), ('--units=words', "not 'words'"),
+                       ('--file=nowhere.txt', 'No such file'),
                        ('--targets=0', 'targets must'), ('--resamples=1', 'must be at least 20'),
                        ('--stretches=1', 'must be at least 2')):
         refused = run('probe.py', *small, bad)

@@ -189,7 +189,7 @@ def test_a_run_is_not_overwritten_unless_told(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('source, target, window', [
-    ('gpt', 'fold', 4), ('fold', 'gpt', 4), ('gpt', 'gpt', 16), ('nanogpt', 'fold', 4)])
+    ('gpt', 'fold', 4), ('fold', 'gpt', 4), ('gpt', 'gpt', 12), ('nanogpt', 'fold', 4)])
 def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, target, window):
     train(source.removeprefix('nano'), out_dir=tmp_path / 'source', max_iters=2)
     path = tmp_path / 'source' / 'ckpt.pt'
@@ -204,8 +204,7 @@ def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, ta
     assert started.code == 0 and 'init_from: n_embd stays 16' in started.out, started.err
     a, last = saved['model'], load(tmp_path / 'out' / 'last.pt')
     b, wpe = last['model'], 'transformer.wpe.weight'
-    assert len(b[wpe]) == window and torch.equal(a.pop(wpe)[:window], b.pop(wpe))
-    equal(a, b)
+    equal({**a, wpe: a[wpe][:window]}, b)
     assert [last['config'][key] for key in ('n_embd', 'n_layer', 'bias')] == [16, 2, False]
 
 
