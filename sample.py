@@ -43,7 +43,7 @@ def check(s):
     require(s.top_p <= 1, f'top_p must be at most 1, not {s.top_p}')
     require(not s.save_state or s.num_samples == 1,
             'save_state keeps the state of one text: leave num_samples at 1')
-    require(s.start.isascii() or s.start.encode('utf-8', 'replace').decode() == s.start,
+    require(s.start.startswith('FILE:') or s.start == s.start.encode('utf-8', 'replace').decode(),
             '--start is not UTF-8: write it in a file, and name that as --start=FILE:path')
     if s.save_state:
         ckpt.refuse_to_replace(s.save_state)

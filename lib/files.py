@@ -27,10 +27,11 @@ def own_folder(folder):
         if fcntl:
             fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        other = locks.pop(path)
-        other.seek(0)
-        raise SystemExit(f'error: process {other.read().strip()} is at work in {folder}: wait for '
-                         f'it, or take another --out_dir') from None
+        with locks.pop(path) as other:
+            other.seek(0)
+            owner = other.read().strip()
+        raise SystemExit(f'error: process {owner} is at work in {folder}: wait for it, or take '
+                         f'another --out_dir') from None
     locks[path].truncate(0)
     print(os.getpid(), file=locks[path], flush=True)
 

@@ -155,7 +155,7 @@ class Task(MemoryTask):
             old = old.pick(right_old & (self.sequences.uniform(len(x)) >= self.s.leave))
         loss.backward()
         if carry is not None and F:  # new sequences take the places of those that left
-            fit = (right & (after <= F * self.l)).nonzero()[:, 0][:self.B - len(old or ())]
+            fit = (right & (after <= F * self.l)).nonzero()[:, 0][:max(0, self.B - len(old or ()))]
             old = Rows(keys=keys, age=F * self.l - after, carry=carry).pick(fit).join(old)
         if old is not None:
             old.carry = rowwise(torch.detach, old.carry)

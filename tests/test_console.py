@@ -21,7 +21,8 @@ for text in ('a é', 'b', 'c'):
 @pytest.mark.parametrize('out, encoding, printed, said', [
     ('|', 'ascii', b'a ?\nb\nc\n', b''), ('|', 'utf-8', 'a é\nb\nc\n'.encode(), b''),
     ('| head', 'utf-8', None, b'a wish to stop\n'), ('>&-', 'utf-8', b'', b''),
-    ('> /dev/full', 'utf-8', b'', b'')])
+    ('> /dev/full', 'utf-8', b'',
+     b'what is printed is lost from here on: No space left on device\n')])
 def test_say_never_fails(out, encoding, printed, said):
     command = f'exec "{sys.executable}" -c "$SCRIPT" {out.strip("|head ")}'
     child = subprocess.Popen(command, cwd=ROOT, shell=True, stdin=-1, stdout=-1, stderr=-1, env={

@@ -52,6 +52,7 @@ def test_training_records_who_multiplies_and_goes_on_with_it(train, tmp_path, mo
     assert load(tmp_path / 'out' / 'last.pt')['config']['products'] == 'onednn'
 
 
+@pytest.mark.filterwarnings('ignore')  # torch warns of itself
 @pytest.mark.parametrize('works', [True, False])
 def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monkeypatch, works):
     real, calls = torch.compile, []
@@ -70,9 +71,8 @@ def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monk
 
 
 def test_a_device_that_is_not_there_is_told():
-    for name in ('cuda:99', 'tpu'):
-        with pytest.raises(SystemExit, match='not available'):
-            device.pick_device(name)
+    with pytest.raises(SystemExit, match="'tpu' is not available"):
+        device.pick_device('tpu')
     with pytest.raises(SystemExit, match='more than this machine can use'):
         device.set_threads(100_000)
 

@@ -63,7 +63,7 @@ def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
 
 
 def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, tmp_path):
-    settings = dict(task='needle', eval_interval=30, max_iters=60, threads=1)
+    settings = dict(task='needle', eval_interval=15, max_iters=30, threads=1)
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     finish(start(flags(whole, data_dir, **settings)))
     first, second = start(flags(parts, data_dir, **settings))
@@ -71,7 +71,7 @@ def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, 
     first.stdout = first.stdout.close()
     assert finish([first, second]) == ['', '']
     saved = load(parts / 'last.pt')
-    assert 3 <= saved['iter_num'] < 60
+    assert 3 <= saved['iter_num'] < 30
     assert all(len(own['walkers']['carry']) for own in saved['task_state']['processes'])
     with pytest.raises(SystemExit, match='is one of 2 processes'):
         make_task('needle').load_state(saved['task_state'], 'cpu')

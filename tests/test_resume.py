@@ -108,8 +108,8 @@ def test_a_folder_has_one_process_and_a_closed_pipe_saves(train, resume, tmp_pat
     for refused in (train(overwrite=True), resume()):
         assert refused.code == 1 and f'process {other.pid} is at work in' in refused.err
         assert len(refused.err.splitlines()) == 1
-    other.stdout.close()
-    assert other.stderr.read() == '' and other.wait(60) == 0
+    other.stdout = other.stdout.close()
+    assert other.communicate(timeout=100)[1] == '' and other.returncode == 0
     done = load(tmp_path / 'out' / 'last.pt')['iter_num']
     assert 3 <= done < 3000 and resume(f'--max_iters={done + 1}').code == 0
 

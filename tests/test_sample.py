@@ -16,7 +16,7 @@ from lib import checkpoint
 
 LINE = '-' * 40 + '\n'
 SCRIPT = [sys.executable, '-c', f'import runpy, sys; sys.path.insert(0, {ROOT!r}); from lib import '
-          'console; console.REPEAT = 0; runpy.run_path("sample.py", run_name="__main__")']
+          f'console; console.REPEAT = 0; runpy.run_path({ROOT!r} + "/sample.py", None, "__main__")']
 
 
 @pytest.fixture
@@ -116,8 +116,7 @@ def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, mo
 def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, until):
     process = subprocess.Popen(
         [*SCRIPT, f'--out_dir={model_dir}', '--max_new_tokens=1000000', f'--start={start}',
-         f"--save_state={tmp_path / 'state'}"], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0,
-        cwd=ROOT)
+         f"--save_state={tmp_path / 'state'}"], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0)
     process.stdin.write(TEXT.encode())  # a prompt comes slowly
     said = b''
     while (b'tokens' if until == 'stderr' else b'ape') not in said:
@@ -134,9 +133,10 @@ def test_whatever_becomes_of_the_output_the_state_is_kept(model_dir, tmp_path, c
     change(model_dir / 'ckpt.pt', tokenizer=other_chars('y', 'é'))
     folder = shutil.move(model_dir, tmp_path / 'прогон')
     done = subprocess.run(
-        ['bash', '-c', f'set -o pipefail; cd "$0"; "$@" {command}', ROOT, *SCRIPT, '--start=é',
+        ['bash', '-c', f'set -o pipefail; "$@" {command}', 'bash', *SCRIPT, '--start=é',
          f'--out_dir={folder}', '--max_new_tokens=300', f"--save_state={tmp_path / 'state'}"],
-        capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+        capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'},
+        cwd=tmp_path)
     assert done.returncode == 0 and 'tokens condensed' in (err := done.stderr), err
     assert ('No space left' in err, '301 tok' in err) == ('full' in command, 'head' not in command)
 
