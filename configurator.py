@@ -16,7 +16,7 @@ import types
 from contextlib import suppress
 from glob import glob
 
-from lib.console import require, say
+from lib.console import explain, require, say
 
 KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
 
@@ -142,11 +142,13 @@ def is_helper(value):
 
 
 def _excepthook(kind, error, trace):
-    """Show what ends the script; without a traceback if it was stopped or nobody reads on."""
+    """Show what ends the script; without a traceback unless the program is to blame."""
     if issubclass(kind, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what standard output still holds
     elif issubclass(kind, KeyboardInterrupt):
         print('stopped', file=sys.stderr)
+    elif line := explain(error):
+        print(line, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

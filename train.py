@@ -284,15 +284,21 @@ if RANK:
 run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=False,
                       val={'val_loss': math.inf, 'val_error': None}, **new_interval())
 if s.init_from == 'resume':
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    for group in optimizer.param_groups:
-        decay = s.weight_decay if group['weight_decay'] else 0.0
-        group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
-    vars(run).update(checkpoint['run'])
-    run.interval_loss = run.interval_loss.to(device)
-    job.load_state(checkpoint['task_state'], device)
-    for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
-        set_random_state(state, device)
+    require(checkpoint['run'].keys() == vars(run).keys(), f'{last_path} cannot be resumed: its '
+            f"'run' is damaged; --init_from={last_path} starts from its weights")
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        for group in optimizer.param_groups:
+            decay = s.weight_decay if group['weight_decay'] else 0.0
+            group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
+        vars(run).update(checkpoint['run'])
+        run.interval_loss = run.interval_loss.to(device)
+        job.load_state(checkpoint['task_state'], device)
+        for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
+            set_random_state(state, device)
+    except Exception as error:  # whatever a file can hold in place of these
+        raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
+                         f'--init_from={last_path} starts from its weights') from None
 made_by = {**provenance(device), 'processes': WORLD}
 from_writer(lambda: ckpt.open_run(out_dir, keep_of_log if s.init_from == 'resume' else None))
 write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),

@@ -34,6 +34,17 @@ def require(fine, problem):
         raise SystemExit(f'error: {problem}')
 
 
+def explain(error):
+    """A line about an error of a file, of the memory or of weights; None about any other."""
+    text = ' '.join(str(error).split())[:100]
+    if isinstance(error, OSError):
+        where = error.filename or 'a file'
+        return f'error: cannot use {where} ({error.strerror or text}): make room, or go elsewhere'
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and 'memory' in text:
+        return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
+    return f'error: {text}: take other weights' if isinstance(error, FloatingPointError) else None
+
+
 def duration(seconds):
     """'45s', '2m 05s', '3h 10m'."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.console import explain
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 
 
@@ -33,6 +34,10 @@ def run(monkeypatch, capsys):
         except SystemExit as stop:  # a text goes to standard error, and the code is 1
             is_text = isinstance(stop.code, str)
             code, error = (1, stop.code + '\n') if is_text else (stop.code or 0, '')
+        except Exception as failed:  # which the hook of configurator.py may explain
+            if (line := explain(failed)) is None:
+                raise
+            code, error = 1, line + '\n'
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
     return run
