@@ -229,7 +229,8 @@ def probe(model, saved, p, device):
     for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
         for d, right in recalled(model, s, [*some], n, device).items():
             low, high = interval(right, n)
-            points.append({'x': d, 'value': right / n, 'low': low, 'high': high, 'n': n})
+            points.append({'x': d, 'value': right / n, 'low': low, 'high': high, 'n': n,
+                           'right': right})
             say(f'{d:>9,} tokens: recall {right / n:.3f} [{low:.3f}, {high:.3f}], '
                 f'{right} of {n} sequences')
     chance = DIGITS ** -s.key_length
