@@ -52,7 +52,6 @@ memory_limit_gb = 4.0  # points that would need more, if it grows as the length 
 products = 'auto'     # as in train.py
 compile = 'auto'      # as in train.py
 
-
 def rate(n, device, work, *args):
     """Tokens per second of work(*args), which is about n tokens, by the wall clock."""
     before = time.perf_counter()
@@ -60,7 +59,6 @@ def rate(n, device, work, *args):
     if device.startswith('cuda'):
         torch.cuda.synchronize()
     return n / (time.perf_counter() - before)
-
 
 def alternate(works, turns, what):
     """{name: [what it gives at each turn]} of {name: function}."""
@@ -72,12 +70,10 @@ def alternate(works, turns, what):
     progress.close()
     return found
 
-
 def median(values, others=None):
     """A metric: the median and the range of values, or of their ratios to others one by one."""
     found = [a / b for a, b in zip(values, others)] if others else values
     return metric(statistics.median(found), n=len(found), low=min(found), high=max(found))
-
 
 def states_at(name, model, contexts, device):
     """Yield the states after so many random tokens, rising numbers, read in one go."""
@@ -89,13 +85,11 @@ def states_at(name, model, contexts, device):
         yield state.clone()
     progress.close()
 
-
 @torch.no_grad()
 def generate_uncached(model, idx, n):
     """Generate without a state: idx (1, window) is computed anew for every token."""
     for _ in range(n):
         idx = torch.cat((idx[:, 1:], sample_token(model(idx)[0][:, -1], temperature=0)), dim=1)
-
 
 def measure_generation(s):
     """Generation, greedy, by a run's model and by a GPT of the same sizes, after so many tokens."""
@@ -130,7 +124,6 @@ def measure_generation(s):
     yield metrics, curves, [f'flat ratio: after {far:,} to after {near:,} tokens',
                             'ratio of reading at once: to generating, which reads one by one']
 
-
 def make_side(side, size, T, s):
     """A model for sequences of T tokens, and the side's way. Raises SystemExit for bad names."""
     model_type, _, way = side.partition(' ')
@@ -143,7 +136,6 @@ def make_side(side, size, T, s):
         n_layer=n_local + n_global, n_local=n_local, n_global=n_global, n_embd=n_embd,
         n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
         vocab_size=s.vocab_size)), way
-
 
 def train_side(what, side, size, T, settings):
     """The 'speed' of a side in tokens per second, the median of the rounds, or the peaks of its
@@ -176,7 +168,6 @@ def train_side(what, side, size, T, settings):
                  for _ in range(s.rounds + 1)]
     return statistics.median(rates)
 
-
 def in_process(*job):
     """train_side() in a new process. Raises SystemExit, in one line, if that fails or is killed."""
     run = 'import bench, json, sys; print(json.dumps(bench.train_side(*json.loads(sys.argv[1]))))'
@@ -186,7 +177,6 @@ def in_process(*job):
     require(done.returncode == 0, f'{job[1]} at {job[2]}, {job[3]:,} tokens, ended: {reason}')
     sys.stderr.write(done.stderr)  # such as that nothing is compiled
     return json.loads(done.stdout.splitlines()[-1])
-
 
 def measure_speed(s):
     """Training of every side, size after size; efficiency: FLOPs/s over those of the last side."""
@@ -201,7 +191,6 @@ def measure_speed(s):
             metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
             metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
         yield metrics, {}, ['medians of the starts, whose rates are medians of their rounds']
-
 
 def measure_memory(s):
     """Peak memory of training against the length of a sequence; yields after each side."""
@@ -222,9 +211,7 @@ def measure_memory(s):
         curves[side] = {'x': 'tokens of a sequence', 'y': 'peak MB of training', 'points': points}
         yield metrics, curves, notes
 
-
 PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': measure_memory}
-
 
 def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
@@ -249,7 +236,6 @@ def main(s):
         lines += [f'{name}: ' + ', '.join(f'{p["value"]:,.0f} ({p["x"]:,})' for p in c['points'])
                   for name, c in curves.items()]
         say('\n'.join([*lines, *notes, f'written to {path}']))
-
 
 if __name__ == '__main__':
     main(configure(globals()))

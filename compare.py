@@ -46,7 +46,6 @@ UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their prod
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20}
 
-
 @dataclass
 class Run:
     """One model to train, and the folder of all that comes of it."""
@@ -95,7 +94,6 @@ class Run:
                         f'in place of {now!r}: delete it, or take another out_dir')
         return ''
 
-
 def read_comparison(name):
     """What a comparison file says, checked. Raises SystemExit for what cannot be meant."""
     require(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
@@ -114,7 +112,6 @@ def read_comparison(name):
     for key in ('same_window', 'full_window'):
         require(not c[key] or c[key] in c['runs'], f'{name}: {key}={c[key]!r} is none of the runs')
     return c
-
 
 def plan(c, folder, quick=False):
     """All runs, the ablations last. Raises SystemExit if one cannot see as much as the others."""
@@ -141,7 +138,6 @@ def plan(c, folder, quick=False):
             'two runs have names that differ in no letter or digit: rename one')
     return found
 
-
 async def call(s, script, **flags):
     """Run a script; returns what it printed. Raises SystemExit with its last line of complaint if
     it fails. If this is canceled, it is told to stop; asyncio.run then waits for the thread."""
@@ -157,7 +153,6 @@ async def call(s, script, **flags):
     if child.returncode:
         raise SystemExit([f'{script} ended with {child.returncode}', *complaint.splitlines()][-1])
     return printed
-
 
 async def work(s, run, slots):
     """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
@@ -181,7 +176,6 @@ async def work(s, run, slots):
             run.error = str(error)
     say(f'{run.name}, seed {run.seed}: {"failed: " * bool(run.error)}{run.error or "complete"}')
 
-
 async def work_on(s, runs):
     """Work on all runs, s.jobs at a time, and show how far they are; a signal ends it."""
     slots, before = asyncio.Semaphore(s.jobs), sum(run.done() for run in runs)
@@ -195,7 +189,6 @@ async def work_on(s, runs):
     stop.done()
     if stop.wanted():
         raise SystemExit('stopped; the same command goes on from here')
-
 
 def main(s):
     at_least(s, jobs=1, threads=0)
@@ -224,7 +217,6 @@ def main(s):
     require(not failed, f'{len(failed)} of {len(wanted)} runs are not complete')
     if s.record:
         save_record(place(f'{name}.json', True), result)
-
 
 if __name__ == '__main__':
     main(configure(globals(), positional='comparison'))

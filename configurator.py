@@ -20,7 +20,6 @@ from lib.console import explain, require, say
 
 KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
 
-
 class Settings:
     """The value of every key as a read-only attribute; `given` is the set of keys that were set."""
 
@@ -39,7 +38,6 @@ class Settings:
         if unknown := changes.keys() - self.as_dict():
             raise TypeError(f'no such settings: {sorted(unknown)}')
         return Settings({**self.as_dict(), **changes}, self.given)
-
 
 def configure(namespace, argv=None, positional=None, parts=None):
     """Return the Settings of a script: its defaults, changed by config files and then by flags.
@@ -68,7 +66,6 @@ def configure(namespace, argv=None, positional=None, parts=None):
         raise SystemExit(0)
     return Settings(*_apply(entries, defaults))
 
-
 def merge(saved, given, fixed=(), here=()):
     """Return the Settings with which a run goes on, and a list of notes for its user.
 
@@ -83,7 +80,6 @@ def merge(saved, given, fixed=(), here=()):
              if key in given.given and value != getattr(given, key)]
     return given.replace(**changes), notes
 
-
 def numbers(key, text, least=0, multiple=1):
     """The whole numbers in a text such as '12,48,192', each once, rising. SystemExit on others."""
     with suppress(ValueError):
@@ -93,13 +89,11 @@ def numbers(key, text, least=0, multiple=1):
     kind = f', multiples of {multiple}' if multiple > 1 else ''
     raise SystemExit(f'error: {key} must be whole numbers from {least} on{kind}, not {text!r}')
 
-
 def at_least(settings, **least):
     """Raise SystemExit if a setting is smaller than told."""
     for key, value in least.items():
         have = getattr(settings, key)
         require(have >= value, f'{key} must be at least {value}, not {have}')
-
 
 def one_of(settings, **choices):
     """Raise SystemExit if a setting is none of its choices."""
@@ -107,18 +101,15 @@ def one_of(settings, **choices):
         have = getattr(settings, key)
         require(have in known, f'{key} must be one of {", ".join(map(repr, known))}, not {have!r}')
 
-
 def show(settings):
     """Return settings as text, one aligned `key = value` a line."""
     width = max(map(len, settings.as_dict()), default=0)
     return '\n'.join(f'{key:<{width}} = {value!r}' for key, value in settings.as_dict().items())
 
-
 def hint(key, known, prefix=''):
     """Say which known key was probably meant, or where the keys are listed."""
     near = difflib.get_close_matches(key, known, 1)
     return f'did you mean {prefix}{near[0]}?' if near else '--help lists the keys'
-
 
 def run_file(name, folder):
     """Run a config file, looked for here and in `folder`; return the names it sets, unchecked."""
@@ -135,11 +126,9 @@ def run_file(name, folder):
         raise SystemExit(f'error: {name}:{lines[-1]}: {reason}: correct the config file') from None
     return {key: value for key, value in found.items() if not key.startswith('_')}
 
-
 def is_helper(value):
     """Whether a name in a config file is no setting, but something to compute settings with."""
     return callable(value) or isinstance(value, types.ModuleType)
-
 
 def _excepthook(kind, error, trace):
     """Show what ends the script; without a traceback unless the program is to blame."""
@@ -152,13 +141,11 @@ def _excepthook(kind, error, trace):
     else:
         sys.__excepthook__(kind, error, trace)
 
-
 def _defaults(source):
     """{key: default} of a script, a module or a dataclass."""
     keys = getattr(source, '__dataclass_fields__', vars(source))
     return {key: value for key in keys if type(value := getattr(source, key, None)) in KINDS
             and not key.startswith('_') and not key.isupper()}
-
 
 def _read(argv, positional, folder):
     """[(origin, key, value)] of files ('FILE: '), then of flags ('--', the value is a text)."""
@@ -172,7 +159,6 @@ def _read(argv, positional, folder):
                 for setting in run_file(name, folder).items()] + entries
     require(len(bare) < 2, f'only one {positional} can be given, not {bare[:2]}')
     return [('--', positional, item) for item in bare] + entries
-
 
 def _apply(entries, defaults):
     """Return the values of all keys and the set of those given, from what _read() returned."""
@@ -190,7 +176,6 @@ def _apply(entries, defaults):
         given.add(key)
     return values, given
 
-
 def _check(origin, key, value, default):
     """Return a value in the default's type, a flag's text parsed. SystemExit if that cannot be."""
     kind, found = type(default), value
@@ -206,7 +191,6 @@ def _check(origin, key, value, default):
             return kind(found)
     raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]}')
 
-
 def _help(sources, positional):
     """The text of --help. sources: list of (script, module or dataclass, its {key: default})."""
     script, bare = sources[0][0], positional.upper() if positional else '[config.py ...]'
@@ -216,7 +200,6 @@ def _help(sources, positional):
         lines += [] if source is script else ['', f'settings of {source.__name__}']
         lines += _listing(source, {key: f'--{key}={value!r}' for key, value in keys.items()})
     return '\n'.join(lines).replace('\n\n\n', '\n\n')
-
 
 def _listing(source, flags):
     """Lines of --help: the flags of a source, each below and beside its comments there."""

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 FUSED_FROM = 65  # keys from which torch's fused attention is used on a CPU; on a GPU it always is
 
-
 @dataclass
 class GPTConfig:
     """Sizes of a GPT. Raises ValueError for sizes that no model can have."""
@@ -36,7 +35,6 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-
 
 @dataclass
 class FoldConfig(GPTConfig):
@@ -55,13 +53,13 @@ class FoldConfig(GPTConfig):
         if self.block_size % self.segment_size:
             raise ValueError(f'block_size must be a multiple of segment_size={self.segment_size}')
 
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention: the softmax of eq. 6, and so of eq. 16 and 17."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.head_size = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # W_Q, W_K, W_V
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -85,9 +83,8 @@ class CausalSelfAttention(nn.Module):
 
     def heads(self, x):
         """Queries, keys, values x (B, T, n*C) -> (B, n, H, T, C/H)."""
-        C = self.c_proj.in_features
-        return x.view(*x.shape[:2], -1, self.n_head, C // self.n_head).permute(0, 2, 3, 1, 4)
-
+        B, T, _ = x.shape
+        return x.view(B, T, -1, self.n_head, self.head_size).permute(0, 2, 3, 1, 4)
 
 def attend(q, k, v, dropout=0.0):
     """Softmax attention of q (B, H, n, C/H) to k, v (B, H, S, C/H), of which the last query sees
@@ -101,6 +98,11 @@ def attend(q, k, v, dropout=0.0):
     weights = torch.baddbmm(future, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (B*H, n, S)
     return (F.dropout(weights, dropout) @ v).view(B, H, n, D)
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, called with less ado: one token at a time, that is a few per cent of the time."""
+
+    def forward(self, x):
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 class MLP(nn.Module):
     """Feed-forward network; W_FF of eq. 10."""
@@ -113,28 +115,28 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
-
 class Block(nn.Module):
     """GPT-2's block, one step in time (eq. 5, 6): attention and feed-forward on residuals."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = config.dropout
 
     def forward(self, x, before=None, cache=None):
         """x (B, T, C) -> (B, T, C), one layer on; before and cache as in the attention."""
         before = None if before is None else self.ln_1(before)
-        x = x + self.drop(self.attn(self.ln_1(x), before, cache))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.dropped(self.attn(self.ln_1(x), before, cache))
+        return x + self.dropped(self.mlp(self.ln_2(x)))
 
+    def dropped(self, x):
+        return F.dropout(x, self.dropout) if self.training else x
 
 class LocalBlock(Block):
     """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment."""
-
 
 class GlobalBlock(Block):
     """Layer i of the global transformer: both halves of the window one step on in time."""
@@ -154,13 +156,11 @@ class GlobalBlock(Block):
         current = window[:, l:]  # eq. 17: to the past half and, causally, to itself (eq. 14)
         return past, current
 
-
 def through(blocks, x, caches=None):
     """x (B, T, C) -> (B, T, C) after all of the blocks, each with its cache if there are some."""
     for block, cache in zip(blocks, caches or [None] * len(blocks)):
         x = block(x, cache=cache)
     return x
-
 
 class GPT(nn.Module):
     """The baseline: `logits, loss, carry = model(idx, targets)`, with None for a carry."""
@@ -174,7 +174,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(places, config.n_embd),
             h=nn.ModuleList(block(config) for block in blocks),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+            ln_f=LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, p in self.named_parameters():
@@ -202,7 +202,8 @@ class GPT(nn.Module):
     def embed(self, idx, place=0):
         """Token plus position embedding, from `place` on: idx (B, T) -> (B, T, C)."""
         positions = self.transformer.wpe.weight[place:place + idx.size(1)]
-        return F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
+        x = self.transformer.wte(idx) + positions
+        return F.dropout(x, self.config.dropout) if self.training else x
 
     def head(self, x, targets=None):
         """Final layer norm, output matrix, cross entropy (eq. 15): x (B, T, C) -> logits, loss."""
@@ -225,7 +226,6 @@ class GPT(nn.Module):
         caches = cache[..., :place + idx.size(1), :].unbind(1)
         x = through(self.transformer.h, self.embed(idx, place), caches)
         return self.head(x)[0][:, -1], None
-
 
 class FoldGPT(GPT):
     """The folded model: parameters of a GPT with a window of one segment, a gate if it is gated."""

@@ -31,10 +31,8 @@ SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 UNPRINTABLE = bytes(set(range(256)) - {*range(0x20, 0x7f), *b'\t\n'})
 
-
 class DownloadError(SystemExit):
     """A text could not be downloaded; the caller may go on with another data set."""
-
 
 class Tokenizer:
     """Text to token ids and back.
@@ -83,7 +81,6 @@ class Tokenizer:
             return self._gpt2.decode_bytes(ids)
         return ''.join(self.spec['chars'][i] for i in ids).encode('utf-8', 'surrogatepass')
 
-
 def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data', quiet=False):
     """Write a data set and return the path of its folder; the arguments are the settings above.
 
@@ -124,7 +121,6 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
          f'vocabulary of {encoder.vocab_size:,}, written to {folder}')
     return folder
 
-
 def load_meta(folder):
     """Return the dict of a data set's meta.json. SystemExit if a file is missing or damaged."""
     path = os.path.join(folder, 'meta.json')
@@ -145,10 +141,8 @@ def load_meta(folder):
                          f'({_reason(error)}): {again}') from None
     return meta
 
-
 def _char_spec(text):
     return {'kind': 'char', 'chars': ''.join(sorted(set(text)))}
-
 
 def _vocab_size(spec):
     """The number of tokens of a tokenizer's description; 0 if that is damaged."""
@@ -157,15 +151,12 @@ def _vocab_size(spec):
     chars = spec.get('chars') if isinstance(spec, dict) else None
     return len(chars) if isinstance(chars, str) and spec == _char_spec(chars) else 0
 
-
 def _sha256(content):
     return hashlib.sha256(content).hexdigest()
-
 
 def _codes(text):
     """The code points of a text. Lone surrogates, as in undecodable arguments, are let through."""
     return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
-
 
 def _load_gpt2():
     try:
@@ -175,11 +166,9 @@ def _load_gpt2():
         raise SystemExit(f'error: gpt2 cannot be loaded ({_reason(error)}): install tiktoken and '
                          'go online once, or set TIKTOKEN_CACHE_DIR to its folder') from None
 
-
 def _reason(error):
     """One short line about an exception."""
     return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder='...')
-
 
 def _check_request(dataset, file, tokenizer, newlines):
     """Refuse settings that cannot be meant."""
@@ -191,7 +180,6 @@ def _check_request(dataset, file, tokenizer, newlines):
     require(dataset in ('shakespeare', 'python') or file, f'{dataset!r} needs a text: --file=PATH')
     require(dataset != 'python' or not file, "'python' takes no --file: choose another name")
 
-
 def _read(file):
     """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
     try:
@@ -202,7 +190,6 @@ def _read(file):
         raise SystemExit(f"error: cannot read {file or 'the library of Python'} "
                          f'({_reason(error)}): give a text in UTF-8 with --file=PATH') from None
 
-
 def _python_text():
     """Python's own documentation and library: some 5 MB of text that is there without a network."""
     library = Path(sysconfig.get_path('stdlib'))
@@ -212,7 +199,6 @@ def _python_text():
     texts += [path.read_bytes() for path in sorted(library.glob('*.py'))
               if path.stem in sys.stdlib_module_names]
     return b'\n'.join(texts).translate(None, UNPRINTABLE)
-
 
 def _download():
     """Return tiny Shakespeare. Raises DownloadError after the last try."""
@@ -230,7 +216,6 @@ def _download():
     raise DownloadError(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy '
                         'with --file=PATH, or use what needs no network: python prepare.py python')
 
-
 def _write(folder, files):
     """Write {name: bytes} into a folder; what was there stays until all of it is written."""
     try:
@@ -243,7 +228,6 @@ def _write(folder, files):
     except OSError as error:
         raise SystemExit(f'error: cannot write {folder} ({_reason(error)}): free some space, or '
                          'choose another folder with --data_dir=PATH') from None
-
 
 if __name__ == '__main__':
     prepare(**configure(globals(), positional='dataset').as_dict())

@@ -47,7 +47,6 @@ far_sequences = 100  # fresh sequences at far distances
 most = 32           # recall is measured for 1, 2, ... pairs up to so many
 wait = 0            # segments of filler between the last pair and the questions
 
-
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
     device = set_up(p.device, p.threads)
@@ -74,7 +73,6 @@ def main(p):
         if curve['points']:
             picture = f"probe_{re.sub('[^a-z]+', '_', title)}.png" if i else 'probe.png'
             curves(os.path.join(folder, picture), f'{title}, {corpus}', {name: curve})
-
 
 if __name__ == '__main__':
     main(configure(globals()))

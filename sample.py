@@ -36,7 +36,6 @@ threads = 1           # CPU threads; one token at a time leaves no work for more
 BLOCK = 1 << 16  # bytes of a prompt that are read at a time, at most
 ESCAPES = {'n': '\n', 't': '\t', '\\': '\\'}  # as one writes them after a backslash
 
-
 def check(s):
     at_least(s, num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0,
              threads=0)
@@ -48,7 +47,6 @@ def check(s):
     if s.save_state:
         ckpt.refuse_to_replace(s.save_state)
 
-
 def read_bytes(raw):
     """What there is to read, at most a block; nothing at the end, and once one is to stop."""
     stop.waiting = True
@@ -58,7 +56,6 @@ def read_bytes(raw):
         return b''
     finally:
         stop.waiting = False
-
 
 def file_blocks(name):
     """A file of UTF-8 as texts of bounded size. Raises SystemExit if it cannot be read."""
@@ -78,7 +75,6 @@ def file_blocks(name):
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
-
 def read_file(name):
     """Read a file into the state, block by block, and tell how far it is."""
     name = os.path.expanduser(name)
@@ -90,11 +86,9 @@ def read_file(name):
         progress.at(progress.done + len(block.encode()), f'{int(state.read[0]):,} tokens')
     progress.close()
 
-
 def read_text(text, characters=0):
     idx = torch.tensor([tokenizer.encode(text, characters)], dtype=torch.int64, device=device)
     read_(model, idx, state)
-
 
 def write_sample(state):
     """Print a continuation token by token, as it comes; the state reads along."""
@@ -107,7 +101,6 @@ def write_sample(state):
             break
     write(sys.stdout, decoder.decode(b'', final=True) + '\n')
 
-
 def write_samples():
     prompt = '' if s.start.startswith('FILE:') else text
     for i in range(s.num_samples):
@@ -115,7 +108,6 @@ def write_samples():
         if s.max_new_tokens and not stop.signal:
             write(sys.stdout, prompt)
             write_sample(state.clone() if i + 1 < s.num_samples else state)
-
 
 # --- the model ------------------------------------------------------------------------------------
 s = configure(globals())

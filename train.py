@@ -84,13 +84,11 @@ FIXED = ('task', 'model_type', 'seed', 'dataset', 'block_size', 'segment_size', 
          'key_length', 'names')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
-
 def parts(known):
     """Whose settings are keys as well: the task, and the config of the model; a resumed run's."""
     if known['init_from'] == 'resume':
         known = ckpt.load_to_resume(os.path.join(ROOT, known['out_dir']))['config']
     return [find_task(known['task']), find_model(known['model_type'])[0]]
-
 
 def check(s):
     """Refuse settings that would fail later, or worse, not fail at all."""
@@ -106,7 +104,6 @@ def check(s):
     require(os.path.realpath(out_dir) != os.path.realpath(ROOT),
             "out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
 
-
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
@@ -116,7 +113,6 @@ def open_folder(s):
             f'--init_from=resume goes on with its run, --out_dir=... goes elsewhere')
     own_folder(out_dir)
 
-
 def lr_at(it):
     """Learning rate of update `it`: linear warm-up, constant, then a cosine down to min_lr."""
     if it < s.warmup_iters:
@@ -124,7 +120,6 @@ def lr_at(it):
     start = max(s.warmup_iters, s.decay_from * s.max_iters)
     progress = min(1.0, max(0.0, it - start) / max(1, s.max_iters - start))
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
-
 
 def train_step(it):
     """One update; returns its loss, the mean of all processes, still on the device, and tokens."""
@@ -138,24 +133,20 @@ def train_step(it):
     optimizer.zero_grad(set_to_none=True)
     return loss, tokens
 
-
 def stop_unless_finite(value, what):
     require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped, the best '
             f'checkpoint in {out_dir} is from before. A lower learning_rate than '
             f'{s.learning_rate} usually helps')
 
-
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
     from_writer(lambda: append_line(log_path, json.dumps(record)))
-
 
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
     again goes, a finished run's last evaluation too."""
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
     return record.get('iter', math.inf) + again <= run.done
-
 
 def evaluate():
     """Evaluate, log and tell; save, as ckpt.pt too if no evaluation was better."""
@@ -168,7 +159,6 @@ def evaluate():
     say(f'iter {run.done}: {job.describe(run.val)} ({standing}){job.note}')
     run.pending = False
     save(is_best)
-
 
 def save(is_best=False):
     """Write last.pt, and before it ckpt.pt if no evaluation was better: resuming repeats what a
@@ -183,7 +173,6 @@ def save(is_best=False):
     for path in [best_path] * is_best + [last_path]:
         from_writer(lambda: ckpt.save(path, checkpoint))
 
-
 def log_line(loss):
     """Tell and log the updates since the last line; the next line starts anew."""
     speed, figures = run.interval_tokens / run.interval_seconds, job.figures()
@@ -195,12 +184,10 @@ def log_line(loss):
               tokens=run.tokens, seconds=round(run.seconds, 1), **figures)
     vars(run).update(new_interval())
 
-
 def new_interval():
     """Of a line of the log: the sum of the losses, updates, tokens, seconds of training."""
     return {'interval_loss': torch.zeros((), device=device), 'interval_steps': 0,
             'interval_tokens': 0, 'interval_seconds': 0.0}
-
 
 def write_record():
     """record.json and loss.png of a run that has ended, from its log."""
@@ -222,7 +209,6 @@ def write_record():
         'training', s.as_dict(), [s.seed], metrics, shown, notes, device=device))
     title = f"{s.model_type}, {job.data.get('dataset', s.task)}"
     curves(os.path.join(out_dir, 'loss.png'), title, shown, log=False)
-
 
 # --- set up ---------------------------------------------------------------------------------------
 s, notes, checkpoint = configure(globals(), parts=parts), [], None

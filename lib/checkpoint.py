@@ -30,11 +30,9 @@ TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data'
              'task_state': dict}
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
-
 def save(path, content, kept='the checkpoint before it is kept'):
     """Write a dictionary atomically. Raises SystemExit if that cannot be done."""
     write_file(path, lambda f: torch.save(content, f), kept)
-
 
 def find_file(path):
     """A checkpoint's path as the user gave it: a file or a run's folder, seen from here or from
@@ -44,7 +42,6 @@ def find_file(path):
             if os.path.isfile(file):
                 return file
     raise SystemExit(f'error: no checkpoint at {path}; {TRAIN_FIRST}')
-
 
 def read_file(path, kind, device='cpu'):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
@@ -67,7 +64,6 @@ def read_file(path, kind, device='cpu'):
     require(isinstance(content, dict), f'{path} is not a {kind}: it holds no dictionary')
     return content
 
-
 def load(path, device='cpu'):
     """The dictionary in a checkpoint file, of this project or of nanoGPT. Raises SystemExit if it
     holds none."""
@@ -78,7 +74,6 @@ def load(path, device='cpu'):
     require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '
             f'a checkpoint: its {[*wrong, "model_args"][0]!r} is missing or damaged')
     return checkpoint
-
 
 def load_to_resume(folder):
     """last.pt of a run, or ckpt.pt of one that was stopped between its first two files. Raises
@@ -100,7 +95,6 @@ def load_to_resume(folder):
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
-
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
@@ -127,7 +121,6 @@ def load_weights(model, state_dict):
         require(value.isfinite().all(), f'{name} of the checkpoint is not finite: take an earlier')
     model.load_state_dict(weights)
 
-
 def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     """The model of a checkpoint, as the type and with the sizes asked for; by default just as it
     was saved. Raises SystemExit if they do not fit."""
@@ -139,7 +132,6 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
         raise SystemExit(f'error: the checkpoint is damaged, in its sizes or its weights '
                          f'({type(error).__name__})') from None
     return model.to(device)
-
 
 def newest_run(task=None):
     """The newest run under out/, of that task if one is named, that can be used; why another is
@@ -161,14 +153,12 @@ def newest_run(task=None):
     kind = f' on the task {task!r}' if task else ''
     raise SystemExit(f'error: no trained model{kind} under out/; {TRAIN_FIRST}')
 
-
 def fingerprint(model):
     """A text that names a model by its type, sizes and weights: 16 hexadecimal digits."""
     digest = hashlib.sha256(f'{type(model).__name__} {model_args(model)}'.encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
 
 def save_state(path, state, model, generator):
     """Write a streaming state and that of its random numbers, atomically. Raises SystemExit if it
@@ -177,7 +167,6 @@ def save_state(path, state, model, generator):
     content = {'model': fingerprint(model), 'state': vars(state.clone()),  # not views of more
                'rng': generator.get_state()}
     save(path, content, 'a state that was there is kept')
-
 
 def refuse_to_replace(path):
     """Raise SystemExit unless a state can be written to path, where no other kind of file is."""
@@ -193,14 +182,12 @@ def refuse_to_replace(path):
     except SystemExit as error:
         raise SystemExit(f'{error}; it is not replaced: name another file') from None
 
-
 def read_state(path):
     """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
     require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
     content = read_file(path, 'state')
     require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
     return content
-
 
 def load_state(path, model, generator=None):
     """The state that save_state wrote; its random numbers go on from there in a generator of the
@@ -226,11 +213,9 @@ def load_state(path, model, generator=None):
                          f'state, or not finite') from None
     return state
 
-
 def look(x):
     """What a tensor of a state has in common with that of any other state of its model."""
     return x.shape, x.dtype, bool(x.isfinite().all())
-
 
 def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
@@ -249,7 +234,6 @@ def open_run(folder, keep):
         raise SystemExit(f'error: cannot open {error.filename}: {error.strerror}; --out_dir=PATH '
                          f'goes elsewhere') from None
     write_file(path, lambda f: f.writelines(lines))
-
 
 def is_kept(line, keep):
     """Whether a line of a log is whole, and its record one of which keep(record) says so."""

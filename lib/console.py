@@ -6,11 +6,9 @@ import time
 
 REPEAT = 30.0  # seconds between lines of progress where no terminal shows them
 
-
 def say(text=''):
     """Print a line at once. Nobody reads on (a closed pipe): this process is sent SIGTERM."""
     write(sys.stdout, f'{text}\n')
-
 
 def write(stream, text):
     """Write to a stream at once; what it cannot take is lost, without a traceback."""
@@ -27,12 +25,10 @@ def write(stream, text):
         elif stream is not sys.stderr:
             write(sys.stderr, f'what is printed is lost from here on: {error.strerror}\n')
 
-
 def require(fine, problem):
     """Raise SystemExit, with the problem in one line, unless it is fine."""
     if not fine:
         raise SystemExit(f'error: {problem}')
-
 
 def explain(error):
     """A line about an error of a file, of the memory or of weights; None about any other."""
@@ -44,13 +40,11 @@ def explain(error):
         return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
     return f'error: {text}: take other weights' if isinstance(error, FloatingPointError) else None
 
-
 def duration(seconds):
     """'45s', '2m 05s', '3h 10m'."""
     minutes, rest = divmod(round(seconds), 60)
     text = f'{minutes}m {rest:02d}s' if minutes else f'{rest}s'
     return f'{minutes // 60}h {minutes % 60:02d}m' if minutes >= 60 else text
-
 
 class Progress:
     """Share done, rate and time left of long work, on standard error of the first process."""

@@ -20,11 +20,9 @@ from lib.console import require
 from lib.rows import rowwise
 from models import MODELS
 
-
 def unit(model):
     """Tokens of a recurrence step."""
     return getattr(model, 'unit', 1)
-
 
 @torch.no_grad()
 def blank_carry(model, B=1):
@@ -36,11 +34,9 @@ def blank_carry(model, B=1):
     model.train(was_training)
     return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), carry)
 
-
 def carries(model):
     """Whether a model has a carry, so that its context goes beyond what it reads at once."""
     return blank_carry(model) is not None
-
 
 def make_model(model_type, sizes):
     """A fresh model of MODELS, from a dictionary with the keys of its config. Raises SystemExit for
@@ -62,23 +58,19 @@ def make_model(model_type, sizes):
         raise SystemExit(f'error: no memory for this model ({str(error)[:60]}): make n_embd or the '
                          f'number of layers smaller') from None
 
-
 def find_model(model_type):
     """The config's and the model's class. Raises SystemExit for an unknown type."""
     require(isinstance(model_type, str) and model_type in MODELS,
             f'model_type must be one of {", ".join(map(repr, MODELS))}, not {model_type!r}')
     return MODELS[model_type]
 
-
 def model_args(model):
     """The sizes of a model as a plain dictionary."""
     return asdict(model.config)
 
-
 def count_parameters(model):
     """Parameters without the position embedding, as GPTs are usually counted."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith('wpe.weight'))
-
 
 def flops_per_token(model, T):
     """FLOPs of training on a sequence of T tokens, per token: the matrix products of forward and
@@ -88,7 +80,6 @@ def flops_per_token(model, T):
         model(idx, idx)[1].backward()  # a fused kernel would count nothing on a CPU
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / T
-
 
 def adamw(model, weight_decay, learning_rate, betas, device):
     """AdamW in two groups: matrices and embeddings decay, biases and layer norms do not."""

@@ -12,7 +12,6 @@ from model import Block
 PRODUCTS = 'auto', 'onednn', 'torch'
 COMPILE = 'auto', 'off', 'kernels'
 
-
 def pick_device(device='auto'):
     """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device
     that is not."""
@@ -34,13 +33,11 @@ def pick_device(device='auto'):
                          f'one that is') from None
     return device
 
-
 def usable_cores():
     """CPU cores that this process may use: an affinity mask counts."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
 
 def set_threads(threads):
     """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
@@ -49,7 +46,6 @@ def set_threads(threads):
             f'use, which has {usable_cores()} cores: --threads=0 leaves it to torch')
     if threads:
         torch.set_num_threads(threads)
-
 
 def set_up(device, threads, products='auto'):
     """Take a device and so many CPU threads, and on a CPU what computes fastest there. Returns the
@@ -61,7 +57,6 @@ def set_up(device, threads, products='auto'):
         choose_products(products)
     return device
 
-
 def keep_freed_memory():
     """Have the C library keep what is freed for the next update, where it is glibc: on a CPU the
     page faults of giving it back and taking it anew are 5 to 10 % of an update's time."""
@@ -72,7 +67,6 @@ def keep_freed_memory():
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt(trim_threshold, 2 ** 31 - 1)  # each the largest that it takes
     mallopt(mmap_threshold, 2 ** 25)
-
 
 def choose_products(products):
     """Who multiplies float32 matrices on this CPU from now on: 'onednn' or 'torch'.
@@ -97,7 +91,6 @@ def choose_products(products):
         print("oneDNN's products do not serve on this machine; going on with torch's")
     return 'onednn' if serves else 'torch'
 
-
 def cpu_info():
     """What the system says of its processor, as text."""
     try:
@@ -105,7 +98,6 @@ def cpu_info():
             return f.read(4096)
     except OSError:
         return platform.processor() or platform.machine()
-
 
 def compile_blocks(model, compile, device):
     """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA. They
@@ -131,7 +123,6 @@ def compile_blocks(model, compile, device):
     finally:
         model.zero_grad(set_to_none=True)
     return True
-
 
 def peak_mb(device):
     """The most memory there was: of the CUDA allocator, else of this process; in MB, or None where

@@ -31,7 +31,6 @@ RESULTS = Path(ROOT, 'results')
 BLOCK = re.compile(r'(<!-- (table|lines|picture)\b(.*?)\n(.*?)-->\n).*?(<!-- end -->)', re.S)
 FIELD = re.compile(r'{(?:([^{}|:]+[.]json):)?([^{}|]+)(?:[|]([^{}]*))?}')
 
-
 def find(value, path):
     """What lies at a path in a record; of a metric or a point, its value; None if nothing does."""
     for key in filter(None, path.split('/')):
@@ -42,7 +41,6 @@ def find(value, path):
         value = value.get(key) if isinstance(value, dict) else None
     return value.get('value', value) if isinstance(value, dict) else value
 
-
 def records(names):
     """The records that a block names, in order. Raises SystemExit if a name finds none."""
     found = []
@@ -51,7 +49,6 @@ def records(names):
         require(some and None not in some, f'results/{file}.json has no record {path}')
         found += sum(some, []) if path == '/parts' else some
     return found
-
 
 def merged(group):
     """Records of several seeds as one: the mean of the losses with their standard deviation, sd,
@@ -64,7 +61,6 @@ def merged(group):
             metrics[name] = metric(middle(values), n=len(values), sd=statistics.stdev(values))
     return {**group[0], 'metrics': metrics}
 
-
 def fill(template, record):
     """The first alternative of a template whose fields are all there; '' if there is none."""
     for text in template.split('||'):
@@ -74,11 +70,9 @@ def fill(template, record):
             return FIELD.sub(lambda match: format(values.pop(0), match[3] or ''), text).strip()
     return ''
 
-
 def markdown(titles, rows):
     """A table of texts in Markdown."""
     return '\n'.join(f"| {' | '.join(cells)} |" for cells in (titles, ['---'] * len(titles), *rows))
-
 
 def table(names, given):
     """A table in Markdown. Raises SystemExit if one of its columns stays empty."""
@@ -95,7 +89,6 @@ def table(names, given):
     for title, *cells in zip(columns, *rows):
         require(any(cells), f'{names}: no record has anything for {title!r}')
     return markdown([*columns], rows)
-
 
 def make(page, pictures, match):
     """A block with its content made anew; what its picture shows is added to `pictures`."""
@@ -114,7 +107,6 @@ def make(page, pictures, match):
     path = Path(os.path.relpath(path, page.parent)).as_posix()
     return f'{marker}![{given["title"]}]({path})\n{end}'
 
-
 def stale():
     """{path: function that makes it anew} of pages and pictures that are not as results/ has it."""
     found, pictures = {}, {}
@@ -127,7 +119,6 @@ def stale():
         if not path.exists() or digest(*shown).encode() not in path.read_bytes():
             found[path] = partial(curves, path, *shown)
     return found
-
 
 if __name__ == '__main__':
     for path, make_anew in stale().items():

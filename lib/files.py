@@ -8,7 +8,6 @@ except ImportError:  # no such locks on this system
 
 locks = {}  # path of a folder: an open file in it, whose lock ends with this process
 
-
 def own_folder(folder):
     """Make a folder and keep it for this process; a killed one leaves no lock behind.
 
@@ -35,12 +34,10 @@ def own_folder(folder):
     locks[path].truncate(0)
     print(os.getpid(), file=locks[path], flush=True)
 
-
 def temporary_name(path):
     """The path of a file of this process alone, beside the one at path, a link's target."""
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
-
 
 def write_file(path, write, kept='what was there is kept'):
     """Have write(f) write a file atomically: at path is the old one or the new one, whole.
@@ -62,7 +59,6 @@ def write_file(path, write, kept='what was there is kept'):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
 
 def append_line(path, line):
     """Add a line to a file. Raises SystemExit if that cannot be done."""

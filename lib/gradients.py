@@ -6,7 +6,6 @@ import torch
 from lib.contract import unit
 from lib.rows import rowwise
 
-
 def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, device='cpu',
                   autocast=nullcontext()):
     """Add the gradient of share * (mean loss of x, y) to that of the parameters, chunk by chunk.
@@ -30,7 +29,6 @@ def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, 
         total += loss
     return total, carry
 
-
 def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     """Forward and backward through x, y (B, T) at once; grad: what its last carry is to get.
 
@@ -46,10 +44,8 @@ def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     first_grad = rowwise(lambda c: c.grad, carry) if wanted else None
     return loss.detach(), rowwise(torch.detach, last), first_grad
 
-
 def as_tuple(carry):
     return carry if isinstance(carry, tuple) else (carry,)
-
 
 def recomputed(model, x, y, carry, share, device, autocast):
     """As piece, in the memory of one recurrence step and of the carry before each: the carries come
@@ -73,13 +69,11 @@ def recomputed(model, x, y, carry, share, device, autocast):
     set_random_state(after[1], device)
     return total, after[0], None
 
-
 def random_state(device):
     """What dropout draws from: the random numbers of the CPU, and of the device or None."""
     if device.startswith('cuda'):
         return torch.get_rng_state(), torch.cuda.get_rng_state(device)
     return torch.get_rng_state(), torch.mps.get_rng_state() if device == 'mps' else None
-
 
 def set_random_state(state, device):
     torch.set_rng_state(state[0])
@@ -87,7 +81,6 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state[1], device)
     elif state[1] is not None and device == 'mps':
         torch.mps.set_rng_state(state[1])
-
 
 def to_device(tokens, device):
     """tokens (B, T) of any integers -> int64 on the device."""

@@ -15,7 +15,6 @@ from prepare import Tokenizer, load_meta
 USEFUL = 0.005  # nats per token that older text must be worth to count as preserved
 WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token is a character
 
-
 def probe_text(model, saved, p, device):
     """The loss of a text, its context curve and remote co-occurrence: see tasks/__init__.py."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
@@ -48,7 +47,6 @@ def probe_text(model, saved, p, device):
                         'preserved context': metric(kept['x'], n=len(starts) * size),
                         'worth of longer history': metric(**kept)}}
 
-
 def read_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
     require(saved.get('data') and saved.get('tokenizer'),
@@ -69,7 +67,6 @@ def read_text(saved, p):
     tokens = torch.from_numpy(ids.astype(np.int64))
     return tokens, recurrences(tokens, tokenizer, 'identifier' if dataset == 'python' else 'word')
 
-
 def plan(N, size, p):
     """Histories in whole segments, the starts of the target segments, evenly spread over a text of
     N tokens, and the borders of the bins."""
@@ -79,7 +76,6 @@ def plan(N, size, p):
     starts = torch.arange(lengths[-1], N - size, size)
     some = torch.linspace(0, len(starts) - 1, min(p.targets, len(starts))).long()
     return lengths, starts[some], numbers('bins', p.bins)
-
 
 def measure(score, tokens, size, chosen, found, p):
     """Curves of a record. score: a model's last_losses, chosen: plan's, found: recurrences'."""
@@ -99,7 +95,6 @@ def measure(score, tokens, size, chosen, found, p):
             'worth of longer history': curve(history, 'nats per token', worth),
             'remote co-occurrence': curve(back, 'nats per word, with it minus without', words)}
 
-
 def bootstrap(values, stretches, resamples, generator):
     """Mean of values (M,) or (M, n) in the order of the text, and its 95 % interval, from
     contiguous stretches drawn with replacement."""
@@ -108,7 +103,6 @@ def bootstrap(values, stretches, resamples, generator):
     picks = torch.randint(len(means), (resamples, len(means)), generator=generator)
     low, high = np.quantile(means[picks].mean(dim=1), [0.025, 0.975]).tolist()
     return {'value': rows.mean().item(), 'low': low, 'high': high, 'n': values.numel()}
-
 
 def recurrences(tokens, tokenizer, kind):
     """(place, length, distance) of each word that was there before, `distance` tokens back. A word
@@ -126,7 +120,6 @@ def recurrences(tokens, tokenizer, kind):
         last[word] = place
     return found
 
-
 def co_occurrence(score, tokens, found, borders, size, count):
     """{low: nats (K,)} of words whose last occurrence is low <= d < high tokens back, at most
     `count`: the loss with a history from just before that occurrence on, minus the loss with one
@@ -142,7 +135,6 @@ def co_occurrence(score, tokens, found, borders, size, count):
                           for first in (there, absent))
         bins[low] = known - unknown
     return bins
-
 
 def word_losses(score, tokens, place, n, start, size):
     """The loss of words of n (K,) tokens at place (K,), given the text from start (K,) on: (K,)."""

@@ -8,7 +8,6 @@ from lib.contract import carries
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
 from lib.rows import Rows, rowwise
 
-
 class RandomSequences:
     """Random numbers of a seed of their own."""
 
@@ -21,7 +20,6 @@ class RandomSequences:
     def integers(self, low, high, *shape):
         """Random integers, low <= i < high."""
         return torch.randint(low, high, shape, generator=self.generator)
-
 
 class MemoryTask:
     """A task of random sequences, each process with its own. A class of it has KEPT, the names of

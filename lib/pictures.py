@@ -5,11 +5,9 @@ import math
 
 from lib.files import write_file
 
-
 def digest(*content):
     """A text that names what a picture shows; the picture carries it (curves)."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
 
 def curves(path, title, drawn, log=True, log_y=False):
     """Draw curves of records, {label: curve}, with error bars where points have low and high; log:

@@ -17,7 +17,6 @@ require(all(text.isdigit() for text in texts) and int(texts[0]) < int(texts[2]),
         'torchrun, which sets them'.format(*texts))
 RANK, LOCAL_RANK, WORLD = map(int, texts)
 
-
 def join(device):
     """Meet the other processes: one GPU each with nccl, else gloo. Returns this one's device."""
     if WORLD == 1:
@@ -38,7 +37,6 @@ def join(device):
     atexit.register(dist.destroy_process_group)
     return f'cuda:{LOCAL_RANK}' if cuda else device
 
-
 def leave():
     """End this process, when the run is done, if it is one of several: not through the
     interpreter's own end, in which a thread of gloo's can abort it (4 of 60 short runs did)."""
@@ -47,7 +45,6 @@ def leave():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
 
 def average_gradients(model):
     """Replace each gradient by its mean over the processes, all in one piece."""
@@ -60,23 +57,19 @@ def average_gradients(model):
     for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(averaged.view_as(grad))
 
-
 def sum_over(value):
     """The sum of a tensor over the processes."""
     if WORLD > 1:
         dist.all_reduce(value)
     return value
 
-
 def mean(value):
     """The mean of a tensor over the processes."""
     return sum_over(value) / WORLD
 
-
 def my_share(rows):
     """The part of the rows of a batch that this process computes."""
     return rows.chunk(WORLD)[RANK]
-
 
 def from_writer(make):
     """What make() returns in the one process that writes; all get it, and wait for it. If it raises
@@ -94,14 +87,12 @@ def from_writer(make):
         raise error or SystemExit(1)
     return box[0]
 
-
 def from_all(value):
     """The values of all processes, in their order."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
-
 
 class Stop:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop; a second one ends the process.

@@ -19,7 +19,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {'what': str, 'command': str, 'commit': str, 'date': str, 'hardware': str, 'seeds': list,
          'versions': dict, 'settings': dict, 'metrics': dict, 'curves': dict, 'notes': list}
 
-
 def portable(value):
     """A setting or a word of the command, its path as seen from the repository's folder."""
     key, equals, path = str(value).rpartition('=')
@@ -28,13 +27,11 @@ def portable(value):
     inside = path.startswith(ROOT + os.sep)
     return key + equals + (os.path.relpath(path, ROOT) if inside else os.path.basename(path))
 
-
 def git(words):
     """What git says of the repository whose top level is ROOT; '' where there is none."""
     above = os.path.dirname(os.path.realpath(ROOT))  # where no repository is looked for
     return subprocess.run(f'git {words}', shell=True, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
-
 
 def provenance(device='cpu'):
     """Where a result comes from; attention: how model.py chooses its kernel."""
@@ -50,11 +47,9 @@ def provenance(device='cpu'):
             'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)},
             'threads': torch.get_num_threads(), 'attention': attention}
 
-
 def metric(value, error=None, n=None, **more):
     """A measured figure, its standard error, how many were measured; more: low, high, sd."""
     return {'value': value, 'error': error, 'n': n, **more}
-
 
 def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=None, device='cpu'):
     """A record. metrics: {name: metric(...)}; parts: the records that a comparison is made of;
@@ -63,7 +58,6 @@ def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=Non
     record = {'what': what, **provenance(device), 'seeds': list(seeds), 'settings': settings,
               'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
     return record if parts is None else {**record, 'parts': list(parts)}
-
 
 def is_record(value):
     """Whether this has the shape of a record, and its parts as well."""
@@ -76,14 +70,12 @@ def is_record(value):
     except (AttributeError, KeyError, TypeError):
         return False
 
-
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
     write_file(path, lambda f: f.write(text.encode()))
-
 
 def load_record(path):
     """What save_record wrote. Raises SystemExit if it is missing, not JSON, or no record."""
@@ -93,7 +85,6 @@ def load_record(path):
         raise SystemExit(f'error: cannot read {path}: {error}') from None
     require(is_record(record), f'{path} is no record as lib/records.py has it')
     return record
-
 
 def place(name, record):
     """The path of a result: results/NAME, which the docs are made from, or else out/NAME."""

@@ -32,7 +32,6 @@ EQUAL = {'parameters': MAIN['parameters'], 'tokens': MAIN['training tokens'],
          'text': '{metrics/text}', 'order': '{metrics/order}', 'scored': '{metrics/scored}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 
-
 def make(c, runs, s):
     """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
     complete leaves a note; s: the settings of compare.py."""
@@ -46,7 +45,6 @@ def make(c, runs, s):
              for run in runs if run not in done]
     return make_record('comparison', settings, c['seeds'], differences(parts, c), notes=notes,
                        parts=parts, device=device)
-
 
 def part(run):
     """The record of a run, from those that its folder holds, and its model."""
@@ -62,7 +60,6 @@ def part(run):
             'settings': {'name': run.name, 'ablation': run.ablation, **run.settings},
             'curves': {**trained['curves'], **probed['curves']}}, model
 
-
 @torch.no_grad()
 def generation_speeds(models, device):
     """Tokens per second that each model writes after PROMPT tokens: medians, taking turns."""
@@ -75,7 +72,6 @@ def generation_speeds(models, device):
         list(stream(model, prompt[:, :0], state, NEW, temperature=0))
         rate.append(NEW / (time.perf_counter() - start))
     return [statistics.median(rate) for rate in rates]
-
 
 def differences(parts, c):
     """Metrics: the loss of the first run minus that of same_window and of full_window, and of each
@@ -91,7 +87,6 @@ def differences(parts, c):
             found[' minus '.join(names)] = metric(a['value'] - b['value'], error)
     return found
 
-
 def rows_of(parts, ablation=False, label='{name}, {seed}'):
     """{label: part} of the runs, the ablations or, with None, both; those of a label merged."""
     found = {}
@@ -100,22 +95,18 @@ def rows_of(parts, ablation=False, label='{name}, {seed}'):
             found.setdefault(label.format(**part['settings']), []).append(part)
     return {label: merged(some) for label, some in found.items()}
 
-
 def table(rows, columns):
     """A table of {label: record} and {title: template of lib/docs.py}."""
     return markdown(['', *columns], [[label, *(fill(text, record) for text in columns.values())]
                                      for label, record in rows.items()])
-
 
 def columns_of(name, rows, template):
     """Columns for the points of a curve, {x: template} with @ filled in."""
     xs = {point['x'] for record in rows.values() for point in record['curves'][name]['points']}
     return {str(x): template.replace('@', f'curves/{name}/{x}') for x in sorted(xs)}
 
-
 def context_table(rows):
     return table(rows, {**columns_of('context curve', rows, '{@|.4f}'), **PRESERVED})
-
 
 def difference_table(metrics):
     """Which of two has the lower loss: 'open' within three standard errors or without one."""
@@ -126,7 +117,6 @@ def difference_table(metrics):
         rows[name] = {'loss': m, 'verdict': verdict}
     return table(rows, {'difference in loss': '{loss|+.4f}', 'standard error': '{loss/error|.4f}',
                         'the first is': '{verdict}'})
-
 
 def write(record, folder):
     """Write report.md and the pictures that it shows."""

@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import torch
 
-
 def rowwise(function, *values):
     """function of tensors; of tuples of tensors, one by one; of None, None."""
     if values[0] is None:
@@ -11,7 +10,6 @@ def rowwise(function, *values):
     if isinstance(values[0], tuple):
         return tuple(function(*each) for each in zip(*values))
     return function(*values)
-
 
 class Rows(SimpleNamespace):
     """Rows of a batch: each attribute is a tensor, a tuple of tensors, or None, rows first.

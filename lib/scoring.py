@@ -8,7 +8,6 @@ STREAMS = 16       # parallel streams in which a model with a carry reads a text
 MIN_SEGMENTS = 32  # a stream is not made shorter than this, as each of them starts without history
 BLOCKS = 100       # contiguous stretches of tokens behind a standard error
 
-
 @torch.no_grad()
 def token_losses(model, tokens, at=lambda done: None):
     """The loss of every token of a text (N,) but the first, given the text before it: (N - 1,)
@@ -18,7 +17,6 @@ def token_losses(model, tokens, at=lambda done: None):
     losses = (stream_losses if carries(model) else window_losses)(model, tokens, at)
     model.train(was_training)
     return losses
-
 
 def stream_losses(model, tokens, at):
     """token_losses of a model with a carry: R streams side by side, whole units a call."""
@@ -33,7 +31,6 @@ def stream_losses(model, tokens, at):
         at(R * width * len(losses))
     return torch.cat(losses, dim=1).flatten()[:n]  # the padding is at the end of the last stream
 
-
 def window_losses(model, tokens, at):
     """token_losses of a model without a carry: windows with a stride of half their width W, which
     score their second half (the first window all of itself): no token starts cold."""
@@ -45,7 +42,6 @@ def window_losses(model, tokens, at):
         losses.append(last_losses(model, windows[start:start + rows], stride))
         at((start + rows) * stride)
     return torch.cat([some.flatten() for some in losses])[:n].float()
-
 
 @torch.no_grad()
 def last_losses(model, rows, n):
@@ -67,17 +63,14 @@ def last_losses(model, rows, n):
     logits = model(rows[:, start:-1], None if n == 1 else rows[:, start + 1:], carry)[0]
     return per_token(logits[:, -n:], rows[:, -n:]).double()
 
-
 def per_token(logits, targets):
     """logits (B, T, V), targets (B, T) -> nats (B, T) on the CPU."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none')
     return losses.view(targets.shape).cpu()
 
-
 def tokens_per_call(model):
     """As many tokens as keep the logits of a call near 256 MB, 8192 at most."""
     return min(8192, 2 ** 26 // model.config.vocab_size)
-
 
 def mean_and_error(losses):
     """Mean of losses (N,), and its standard error from contiguous blocks, as neighboring tokens

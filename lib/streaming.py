@@ -7,8 +7,8 @@ import torch
 from lib.contract import blank_carry, unit
 from lib.rows import Rows
 
+TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
 TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
-
 
 def new_state(model, B=1):
     """The state of B rows of which nothing has been read: Rows of
@@ -24,7 +24,6 @@ def new_state(model, B=1):
         state = empty_state(model, B, cached=False)
     return state
 
-
 def empty_state(model, B, cached):
     carry, zeros = blank_carry(model, B), next(model.parameters()).new_zeros
     N = model.config.block_size if carry is None else unit(model)
@@ -32,7 +31,6 @@ def empty_state(model, B, cached):
     return Rows(read=torch.zeros(B, dtype=torch.int64), logits=zeros(B, model.config.vocab_size),
                 carry=carry, tokens=zeros(B, N, dtype=torch.int64) if kept else None,
                 cache=model.new_cache(B) if cached else None)
-
 
 @torch.no_grad()
 def caches_agree(model):
@@ -55,13 +53,11 @@ def caches_agree(model):
     model.train(was_training)
     return agree
 
-
 def read(model, idx, state=None):
     """Read idx (B, T), any T: logits (B, V) of the token that follows, zeros if nothing has been
     read, and the new state; the state handed in stays as it is."""
     state = new_state(model, len(idx)) if state is None else state.clone()
     return read_(model, idx, state).clone(), state
-
 
 @torch.inference_mode()
 def read_(model, idx, state):
@@ -82,7 +78,6 @@ def read_(model, idx, state):
             state.put(rows, some)
     return state.logits
 
-
 def read_rows(model, idx, state, count):
     """read_ of rows that have all read `count` tokens: piece by piece, each of one call."""
     advance = read_window if state.carry is None else read_carry
@@ -97,7 +92,6 @@ def read_rows(model, idx, state, count):
             setattr(state, name, value)
         state.logits, state.read = logits, state.read + n
         count, idx = count + n, idx[:, n:]
-
 
 def read_carry(model, idx, state, count):
     """One call of a model with a carry: whole recurrence steps at once, or some tokens of an open
@@ -117,7 +111,6 @@ def read_carry(model, idx, state, count):
     logits, _, carry = model(state.tokens[:, :place + n], carry=carry)
     return logits[:, -1], n, {'carry': carry} if place + n == u else {}
 
-
 def read_window(model, idx, state, count):
     """One call of a model without a carry: through its cache while its window has room for all
     that was read, else on the last window."""
@@ -131,7 +124,6 @@ def read_window(model, idx, state, count):
         logits = model(window)[0][:, -1]
     return logits, T, {'tokens': tokens}
 
-
 def stream(model, idx, state, max_new_tokens, temperature=1.0, top_k=0, top_p=0.0, generator=None):
     """Read idx (B, T) into the state, in place, then yield one new token a row (B, 1) at a time,
     read as well."""
@@ -141,17 +133,15 @@ def stream(model, idx, state, max_new_tokens, temperature=1.0, top_k=0, top_p=0.
         logits = read_(model, token, state)
         yield token
 
-
 def generate(model, idx, max_new_tokens, **kwargs):
     """Continue idx (B, T), any T: (B, T + max_new_tokens). kwargs: those of sample_token."""
     tokens = stream(model, idx, new_state(model, len(idx)), max_new_tokens, **kwargs)
     return torch.cat((idx, *tokens), dim=1)
 
-
 def sample_token(logits, temperature=1.0, top_k=0, top_p=0.0, generator=None):
     """One token a row, logits (B, V) -> (B, 1): at temperature 0 the likeliest, else a random one
     of the top_k likeliest, or of those the fewest that hold the share top_p of the probability."""
-    if temperature < torch.finfo(logits.dtype).tiny:
+    if temperature < TINY:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)

@@ -3,7 +3,6 @@ import torch
 
 from model import FoldGPT
 
-
 class DroppedFold(FoldGPT):
     """Nothing is carried: every segment is a sequence of its own, as for a GPT of that window."""
 
@@ -14,7 +13,6 @@ class DroppedFold(FoldGPT):
 
     def extend(self, idx, place, carry, cache, first):
         return super().extend(idx, place, carry, cache, first=True)
-
 
 class FrozenFold(FoldGPT):
     """The past half does not evolve: every global layer reads X^{s-1}_{N,N}, the carry itself."""

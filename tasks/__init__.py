@@ -19,7 +19,6 @@ import pkgutil
 
 from lib.console import require
 
-
 def find_task(name):
     """The module of a task. Raises SystemExit if there is none of that name."""
     known = sorted(module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))

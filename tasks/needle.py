@@ -40,7 +40,6 @@ probe_distance = 192    # tokens of filler at which recall is evaluated in train
 DIGITS = 10  # different digits of a key
 PER_READ = 6144  # tokens of filler that are made and read at a time
 
-
 class Sequences(RandomSequences):
     """Keys among filler. Tokens: the filler's from 0 on, then ten digits, MARK and ASK.
 
@@ -91,7 +90,6 @@ class Sequences(RandomSequences):
         start = self.integers(T - tail, T - self.key_length + 1, len(keys))
         return x, self.put_question(x, keys, start)
 
-
 def make_sequences(s, split, seed):
     """Sequences whose filler, if it is text, is from the 'train' or 'val' split of the data set."""
     if s.filler == 'symbols':
@@ -99,7 +97,6 @@ def make_sequences(s, split, seed):
     folder, meta = from_writer(lambda: open_data(s, s.dataset))
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
     return Sequences(seed, s.key_length, meta['vocab_size'], torch.from_numpy(ids.astype(np.int64)))
-
 
 class Task(MemoryTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
@@ -180,7 +177,6 @@ class Task(MemoryTask):
         d, n = self.s.probe_distance, 200
         return recalled(self.model, self.s, [d], n, self.device)[d] / n, n
 
-
 def recalled(model, s, distances, n, device):
     """{d: sequences answered right with d tokens of filler between key and question}: n fresh ones
     of the test split, each asked, aside, at all distances, which rise. Their keys start at all
@@ -213,13 +209,11 @@ def recalled(model, s, distances, n, device):
     progress.close()
     return right
 
-
 def interval(right, n, z=1.96):
     """The 95 % interval of a share, right of n (Wilson)."""
     p, center = right / n, (right + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
     return max(0.0, center - half), min(1.0, center + half)
-
 
 def probe(model, saved, p, device):
     """Recall against distance: the settings distances, sequences, far and far_sequences of p."""

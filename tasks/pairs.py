@@ -31,7 +31,6 @@ often = 0.75        # share of segments with a pair, until a sequence has shown 
 
 DIGITS = 10  # tokens: the filler's from 0 on, then the digits, MARK, ASK and the names
 
-
 class Sequences(RandomSequences):
     """Sequences of pairs, one a segment, each a token before the last one's, in turn. Rows of them,
     as far as they are read: names and digits (B, names) in the order in which they come, most (B,)
@@ -89,11 +88,9 @@ class Sequences(RandomSequences):
             x[:, segment, at + 2] = y[:, segment, at + 1] = rows.digits[everyone, pair]
         return x.view(-1, self.l), y.view(-1, self.l)
 
-
 def read(model, rows, x, device):
     """Read x (B, T) into the memory of rows, in place."""
     rows.carry = model(to_device(x, device), carry=rows.carry)[2]
-
 
 def ask(model, sequences, rows, which, device):
     """Ask for the pairs which (B, Q), aside: the loss, and which answers are right (B, Q)."""
@@ -103,7 +100,6 @@ def ask(model, sequences, rows, which, device):
     logits, loss, _ = model(x, y, carry)
     right = (logits.detach().argmax(dim=-1) == y)[y >= 0]
     return loss, right.view(which.shape).cpu()
-
 
 class Task(MemoryTask):
     """Trains in two lessons: all pairs in one segment, then pairs one a segment, walking on."""
@@ -169,7 +165,6 @@ class Task(MemoryTask):
         n = self.s.pairs
         return sum(recall_of(self.model, self.s, n, 100, 0, self.device)) / n, 100 * n
 
-
 def match_names(model, place_scale):
     """Start attention where it compares and copies, in place: keys equal to queries, and larger,
     values and outputs near the identity, tokens larger than places (mimetic initialization,
@@ -186,7 +181,6 @@ def match_names(model, place_scale):
             for weight in (v, block.attn.c_proj.weight):
                 weight.copy_(0.5 * weight + 0.7 * torch.eye(C, device=weight.device))
 
-
 @torch.no_grad()
 def recall_of(model, s, n, count, wait, device):
     """Recall of n pairs in fresh sequences, `wait` segments after the last: the share of right
@@ -201,7 +195,6 @@ def recall_of(model, s, n, count, wait, device):
         answers = ask(model, sequences, rows, which, device)[1]
         right.index_add_(0, which.flatten(), answers.flatten().float())
     return (right / count).tolist()
-
 
 def probe(model, saved, p, device):
     """Capacity, recall against the number of pairs: the settings most, sequences and wait of p."""

@@ -21,14 +21,12 @@ stretch = 0              # tokens drawn in one piece, cut into sequences; 0 is b
 stream = False           # rows read the corpus in order, a carry passing from update to update
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
 
-
 def open_data(s, name):
     """Folder and meta of a data set, which is prepared now if it is missing."""
     folder = os.path.join(ROOT, s.data_dir, name)
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
     return folder, load_meta(folder)
-
 
 def find_data(s):
     """Name, folder and meta of the data set; of the offline one if it cannot be had."""
@@ -41,7 +39,6 @@ def find_data(s):
             f"'{s.offline_dataset}' INSTEAD (offline_dataset);\n!!! do not compare the losses.\n"
             f"{'!' * 80}")
         return s.offline_dataset, *open_data(s, s.offline_dataset)
-
 
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""

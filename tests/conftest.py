@@ -12,7 +12,6 @@ from lib.console import explain
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 
-
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
     """Random numbers, threads and who multiplies as in a new process, whatever ran before."""
@@ -20,7 +19,6 @@ def as_new(monkeypatch):
     torch.set_num_threads(1)
     torch.backends.mkldnn.matmul.fp32_precision = 'none'
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
-
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -42,7 +40,6 @@ def run(monkeypatch, capsys):
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
     return run
 
-
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A folder with a small prepared data set named 'tiny' (some 2000 characters)."""
@@ -51,7 +48,6 @@ def data_dir(tmp_path_factory):
     (folder / 'tiny.txt').write_text(TEXT)
     prepare('tiny', file=str(folder / 'tiny.txt'), data_dir=str(folder), quiet=True)
     return folder
-
 
 @pytest.fixture
 def train(run, data_dir, tmp_path):

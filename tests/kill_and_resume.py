@@ -28,7 +28,6 @@ TASKS = {'text': dict(dataset='sums', n_global=2, gradient_accumulation_steps=2,
          'needle': dict(n_global=1, batch_size=64, key_length=1, symbols=1, carry='gated',
                         longest=3, probe_distance=9, learning_rate=0.01)}
 
-
 def start(task, out_dir, data_dir, kills, **settings):
     values = {**SHARED, **TASKS[task], 'task': task, 'out_dir': out_dir, 'data_dir': data_dir,
               'max_iters': (kills + 1) * STEPS, **settings}
@@ -36,11 +35,9 @@ def start(task, out_dir, data_dir, kills, **settings):
     return subprocess.Popen([*words, *(f'--{key}={value}' for key, value in values.items())],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-
 def finish(process):
     output = process.communicate()[0]
     assert process.returncode == 0, output[-2000:]
-
 
 def kill_in_a_while(process, generator):
     """Let some updates pass, then some time that is no multiple of an update's."""
@@ -54,7 +51,6 @@ def kill_in_a_while(process, generator):
     process.kill()
     process.communicate()
     assert process.returncode < 0, f'it ended before it was killed: {"".join(printed[-5:])}'
-
 
 def disturbed_and_not(task, folder, kills, generator):
     """Raises AssertionError if the disturbed run ends with other weights, optimizer, random
@@ -73,7 +69,6 @@ def disturbed_and_not(task, folder, kills, generator):
     print(f"{task}: {kills} kills, each followed by resume: all is the undisturbed run's, "
           'bit for bit')
 
-
 def main(kills, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'sums.txt')
@@ -83,7 +78,6 @@ def main(kills, seed=0):
         with ThreadPoolExecutor() as threads:  # that wait for processes
             list(threads.map(lambda task: disturbed_and_not(
                 task, folder, kills, random.Random(f'{seed} {task}')), TASKS))
-
 
 if __name__ == '__main__':
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -12,13 +12,11 @@ SIZES = dict(block_size=4 * SEGMENT, segment_size=SEGMENT, vocab_size=V, n_head=
              n_layer=4, n_local=2, n_global=2)
 assert_equal = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
-
 def shake(model):
     """Every parameter, norms and biases too, well away from its initial value; float64, eval."""
     for p in model.double().eval().parameters():
         p.data += 0.3 * torch.randn_like(p)
     return model
-
 
 def make(kind='fold', **sizes):
     if kind in TOYS:
@@ -26,15 +24,12 @@ def make(kind='fold', **sizes):
         return shake(model(config()))
     return shake(make_model(kind, {**SIZES, **sizes}))
 
-
 def tokens(B, T):
     return torch.randint(V, (B, T))
-
 
 def all_logits(model, idx, carry=None):
     """The teacher-forced logits after every token, (B, T, V)."""
     return model(idx, idx, carry)[0]
-
 
 def gradients(model):
     """The gradients of a model, by name, taken off it."""
@@ -42,13 +37,11 @@ def gradients(model):
     model.zero_grad()
     return grads
 
-
 @dataclass
 class ToyConfig:
     block_size: int = 8
     vocab_size: int = V
     width: int = 6  # a key of its own
-
 
 class Recurrent(torch.nn.Module):
     """Its carry is two tensors (B, width), its recurrence step one token."""
@@ -70,13 +63,11 @@ class Recurrent(torch.nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss, states[-1]
 
-
 class Windowed(Recurrent):
     """It carries nothing: a model that reads a window of block_size tokens."""
 
     def forward(self, idx, targets=None, carry=None):
         assert carry is None and idx.size(1) <= self.config.block_size
         return *super().forward(idx, targets)[:2], None
-
 
 TOYS = {'recurrent': (ToyConfig, Recurrent), 'windowed': (ToyConfig, Windowed)}

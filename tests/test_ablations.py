@@ -14,7 +14,6 @@ SIZES = {'block_size': 8 * l, 'segment_size': l, 'vocab_size': V, 'n_head': 2, '
 IDX = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
 assert_equal = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
-
 def make(kind, **sizes):
     """A model; all made in one test get the same weights where they have the same parameters."""
     torch.manual_seed(1)
@@ -23,10 +22,8 @@ def make(kind, **sizes):
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
     return model.double().eval()
 
-
 def logits(model, idx=IDX, carry=None):
     return model(idx, idx, carry)[0]
-
 
 @pytest.mark.parametrize('carry', ['plain', 'gated'])
 @pytest.mark.parametrize('name', [name for name in MODELS if name.startswith('fold_')])
@@ -47,11 +44,9 @@ def test_it_chunks_and_streams_exactly_causally_and_starts_as_the_fold(name, car
     for t in range(T):
         assert_equal(logits(model, IDX.index_fill(1, torch.tensor(t), 0))[:, :t], expected[:, :t])
 
-
 def test_dropped_is_the_gpt_of_the_same_window():
     expected = torch.cat([logits(make('gpt', block_size=l), x) for x in IDX.split(l, dim=1)], dim=1)
     assert_equal(logits(make('fold_dropped')), expected)
-
 
 @pytest.mark.parametrize('name, evolve', [
     ('fold', lambda block, past: [last(block, past[:, :i + 1]) for i in range(l)]),
@@ -67,7 +62,6 @@ def test_the_past_half_goes_as_the_name_says(name, evolve):
             past = torch.cat(evolve(block, past), dim=1) if past.numel() else past
         outputs.append(x)
     assert_equal(logits(model), model.head(torch.cat(outputs, dim=1), IDX)[0])
-
 
 def last(block, seen):
     """The last place of a window one layer on, having attended to all of it: (B, 1, C)."""

@@ -14,7 +14,6 @@ from lib import records
 FLAGS = ['--sizes=1+1x16x2', '--segment_size=4', '--batch_size=4', '--window=8', '--rounds=2',
          '--starts=2', '--steps=1', '--threads=1', '--block_sizes=4,8,16', '--device=cpu']
 
-
 @pytest.fixture
 def measure(monkeypatch, tmp_path):
     """measure('speed', '--key=value', side=iter([...])): the record; sides give what is listed."""
@@ -25,7 +24,6 @@ def measure(monkeypatch, tmp_path):
         return records.load_record(tmp_path / 'out' / f'{part}.json')
     return measure
 
-
 def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch):
     assert train(max_iters=1).code == 0
     monkeypatch.setattr('time.perf_counter', iter(range(10 ** 9)).__next__)
@@ -35,7 +33,6 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
         rates, sizes = ([(p['x'], p['value']) for p in made['curves'][f'{what}, {name}']['points']]
                         for what in ('tokens per second', 'bytes of state'))
         assert rates == [(2, 7), (9, 7)] and sizes[0][1] == sizes[1][1] > 0
-
 
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
     """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
@@ -50,7 +47,6 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
     assert points == [(4, 10, 3), (8, 11, 3)] and found['curves']['gpt']['points'] == []
     assert 'fold: 16 tokens' in found['notes'][0] and found['notes'][1:] == ['full']
 
-
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
     assert bench.in_process('speed', 'fold truncated', '1+1x16x2', 8, s) > 0
@@ -60,7 +56,6 @@ def test_sides_work_in_processes_and_say_why_they_end():
     with pytest.raises(SystemExit, match=why) as ended:
         bench.in_process('speed', 'fold', '1+1x16x3', 8, s)
     assert '\n' not in str(ended.value)
-
 
 def test_ctrl_c_leaves_no_process(tmp_path):
     flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
@@ -74,7 +69,6 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == 'stopped\n'
     pytest.raises(ProcessLookupError, os.kill, int(side[0]), 0)
-
 
 @pytest.mark.parametrize('flag, why', [
     ('parts=speeds', 'of generation, speed'), ('steps=0', 'steps must be at least 1'),

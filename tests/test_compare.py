@@ -35,7 +35,6 @@ prompts = ['1 ape']
 new_tokens = 12
 '''
 
-
 @pytest.fixture(scope='session')
 def compared(data_dir, tmp_path_factory):
     """A whole comparison, interrupted and gone on with: (folder of the runs, the command)."""
@@ -59,7 +58,6 @@ def compared(data_dir, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / 'runs', command
 
-
 @pytest.fixture
 def again(compared, tmp_path, monkeypatch):
     """again(changes of FILE, *flags): once more in a copy of the folder; the copy, the error."""
@@ -79,7 +77,6 @@ def again(compared, tmp_path, monkeypatch):
             return runs, str(stop)
     return again
 
-
 def test_from_start_to_report(compared):
     runs, record = compared[0], load_record(compared[0] / 'comparison.json')
     text = (runs / 'report.md').read_text()
@@ -92,7 +89,6 @@ def test_from_start_to_report(compared):
     assert '### 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
 
-
 def test_equal_means_equal(compared):
     parts = load_record(compared[0] / 'comparison.json')['parts']
     for ablation in (False, True):
@@ -101,7 +97,6 @@ def test_equal_means_equal(compared):
             assert len({part['metrics'][name]['value'] for part in some}) == 1
         orders = {(part['seeds'][0], part['metrics']['order']['value']) for part in some}
         assert len(orders) == len({seed for seed, _ in orders}) == len({o for _, o in orders})
-
 
 def test_every_model_sees_the_same_batches(data_dir):
     batches = []
@@ -112,7 +107,6 @@ def test_every_model_sees_the_same_batches(data_dir):
         batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))
     assert torch.equal(*batches)
 
-
 def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     before = {path.relative_to(compared[0]): path.read_bytes()
               for path in compared[0].glob('*/*') if path.suffix in ('.pt', '.json')}
@@ -122,7 +116,6 @@ def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     record = load_record(runs / 'comparison.json')
     assert len(record['parts']) == 2 and len(record['notes']) == 4 and not error
     assert record['parts'][0]['notes'][1].startswith('2 b')
-
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     runs, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, ",
@@ -135,13 +128,11 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     _, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, "}, '--only=three heads')
     assert error == f'error: no run is complete in {runs}; a report there is kept'
 
-
 def test_results_are_written_if_asked(again, tmp_path):
     assert again({}, '--only_report=True', '--record=True')[1] == ''
     assert len(load_record(tmp_path / 'results' / 'small.json')['parts']) == 6
     assert 'no --record with' in again({}, '--record=True', '--quick=True')[1]
     assert 'the runs are fold; GPT, window' in again({}, '--only=fold; GPT')[1]
-
 
 @pytest.mark.parametrize('old, new, words', [
     ('[1, 2]', '[1, 1]', 'seeds be different numbers'),
@@ -157,11 +148,9 @@ def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     assert refused.code == 1 and words in refused.err and refused.err.count('\n') == 1
     assert 'name a comparison' in run('compare.py').err
 
-
 def part(name, seed, loss, ablation=False, points=()):
     return {'settings': {'name': name, 'seed': seed, 'ablation': ablation},
             'metrics': {'loss': metric(loss)}, 'curves': {'context curve': {'points': points}}}
-
 
 @pytest.mark.parametrize('losses, value, error, verdict', [
     ([1.0, 1.2, 1.1], -0.5, (2 * 0.01 / 3) ** 0.5, 'ahead'), ([2.2, 2.0, 2.1], 0.5, None, 'behind'),
@@ -177,14 +166,12 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
     assert error is None or found['a minus b']['error'] == pytest.approx(error)
     assert f'| {verdict} |' in report.difference_table(found).splitlines()[2]
 
-
 def test_tables_of_curves():
     points = [[{'x': 0, 'value': 2.5}, {'x': 12, 'value': 2.0}], [{'x': 24, 'value': 3.0}]]
     parts = [part('a', seed, 1.0, points=some) for seed, some in enumerate(points)]
     assert report.context_table(report.rows_of(parts)).splitlines() == [
         '|  | 0 | 12 | 24 | preserved context |', '| --- | --- | --- | --- | --- |',
         '| a, 0 | 2.5000 | 2.0000 |  |  |', '| a, 1 |  |  | 3.0000 |  |']
-
 
 @pytest.mark.parametrize('name', ['shakespeare', 'python', 'shakespeare_gpu', 'python_long',
                                   'python_longest', 'python_reach', 'bpe'])

@@ -41,19 +41,16 @@ model
   --name='a # b'
 '''
 
-
 @dataclass
 class Small:
     size: int        # required, hence not a key
     width: int = 4   # of a layer
     batch_size: int = 99  # the script's own key
 
-
 @dataclass
 class Wide(Small):
     # memory
     carry: str = 'plain'  # kind of carry
-
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
@@ -65,7 +62,6 @@ def settings(tmp_path, monkeypatch):
                 _private=1, LIMIT=1, out_dir='out', data_file='', file='', note='n', batch_size=12,
                 dropout=0.1, compile=False)
 
-
 def check_error(words, call, *args, **kwargs):
     """A SystemExit in one line that holds all of the words, which | separates."""
     with pytest.raises(SystemExit) as caught:
@@ -74,16 +70,13 @@ def check_error(words, call, *args, **kwargs):
     assert message.startswith('error: ') and '\n' not in message and len(message) < 300
     assert all(word in message for word in words.split('|')), message
 
-
 def write(text, name='my.py', folder='.'):
     Path(folder, name).write_text(text)
-
 
 def run_script(folder, text, *argv, stdout=subprocess.PIPE):
     write(text, folder=folder)
     return subprocess.run([sys.executable, folder / 'my.py', *argv], stdout=stdout, text=True,
                           stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': ROOT})
-
 
 def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings, monkeypatch):
     before = dict(settings)
@@ -99,7 +92,6 @@ def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings,
     with pytest.raises(TypeError, match='new'):
         s.replace(new=1)
 
-
 @pytest.mark.parametrize('key, texts, value', [
     ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('dropout', ['inf'], float('inf')),
     ('batch_size', ['9007199254740993'], 2 ** 53 + 1), ('dropout', ['1', '1e0'], 1.0),
@@ -108,7 +100,6 @@ def test_flag_values(settings, key, texts, value):
     for text in texts:
         found = getattr(configure(settings, [f'--{key}={text}']), key)
         assert found == value and type(found) is type(value)
-
 
 @pytest.mark.parametrize('flag, words', [
     ('--batch_size=4.5', "--batch_size='4.5'|an integer"), ('--batch_size=', "''|integer"),
@@ -121,7 +112,6 @@ def test_flag_values(settings, key, texts, value):
     ('batch_size=4', 'no config file and not --key=value'), ('-batch_size=4', '--batch_size?')])
 def test_bad_arguments(settings, flag, words):
     check_error(words, configure, settings, ['--note=x', flag])
-
 
 def test_config_files_in_order_then_flags_wherever_they_stand(settings):
     write("batch_size = 1\nnote = 'one'\ndropout = 0", 'one.py')
@@ -138,7 +128,6 @@ def test_config_files_in_order_then_flags_wherever_they_stand(settings):
     s = configure(settings, ['config/my.py'])
     assert (s.batch_size, type(s.batch_size), s.note) == (6, int, 'my.py')
 
-
 @pytest.mark.parametrize('text, words', [
     ('batchsize = 3', 'unknown key my.py: batchsize: did you mean batch_size?'),
     ('batch_size = True', 'my.py: batch_size=True|integer'), ('steps = [1]', 'steps: --help'),
@@ -153,7 +142,6 @@ def test_bad_config_files(settings, text, words):
     write(text)
     check_error(words, configure, settings, ['my.py'])
 
-
 def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(settings):
     here, home = os.getcwd(), os.path.expanduser('~')
     s = configure(settings, ['--out_dir=x', '--data_file=../y', '--file=~/z', '--note=~'])
@@ -163,14 +151,12 @@ def test_paths_of_flags_are_meant_from_here_and_those_of_files_from_the_script(s
     s = configure(settings, ['my.py', '--data_file='])
     assert (s.out_dir, s.data_file, s.file, s.note) == ('there', '', f'{home}/z', '~')
 
-
 def test_positional_key(settings, capsys):
     assert configure(settings, ['--out_dir=x', 'my.py'], positional='note').note == 'my.py'
     check_error("only one note|'b'", configure, settings, ['a', 'b'], positional='note')
     with pytest.raises(SystemExit):
         configure(settings, ['-h'], positional='note')  # of a script whose source is not there
     assert capsys.readouterr().out.startswith('usage: python train.py NOTE [--key=value ...]\n\n')
-
 
 def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
     write("# curriculum\nsteps = 5  # at most\nnote = 'other'\nMARK = _x = 1\n", 'a_task.py')
@@ -195,7 +181,6 @@ def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
         '\nsettings of a_task\n\ncurriculum\n  --steps=5  at most\n\nsettings of Wide\n\n'
         "memory\n  --carry='plain'  kind of carry\n  --width=4        of a layer\n")
 
-
 def test_merging_the_settings_of_a_resumed_run():
     given = Settings(dict(rate=0.1, iters=9, width=4, seed=1, threads=2, out_dir='b', new=5),
                      given={'iters', 'width', 'seed'})
@@ -205,14 +190,12 @@ def test_merging_the_settings_of_a_resumed_run():
     assert (notes, merged.given) == (['resume: width stays 8'], given.given)
     check_error("the saved run: rate='x': expected a number", merge, {**saved, 'rate': 'x'}, given)
 
-
 def test_help_settings_and_errors_of_a_script(tmp_path):
     done = run_script(tmp_path, SCRIPT, '--name=x', '-h')
     assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
     done = run_script(tmp_path, SCRIPT, '--late=3')
     error = 'error: unknown key --late: --help lists the keys\n'
     assert (done.returncode, done.stdout, done.stderr) == (1, '', error)
-
 
 def test_small_helpers():
     assert show(Settings({'a': 1, 'long': 'x'})) == "a    = 1\nlong = 'x'"
@@ -221,7 +204,6 @@ def test_small_helpers():
     assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1, multiple=12)]
     for text in ('', '12,x', '0', '1.5', '12,20', '-12'):
         check_error('at must be whole numbers', numbers, 'at', text, least=1, multiple=12)
-
 
 @pytest.mark.parametrize('end, words', [('raise KeyboardInterrupt', 'stopped\n'),
                                         ('1 / 0', 'Error'), ("print('x', flush=True)", '')])

@@ -17,7 +17,6 @@ for text in ('a é', 'b', 'c'):
     sys.stdin.readline()
 """
 
-
 @pytest.mark.parametrize('out, encoding, printed, said', [
     ('|', 'ascii', b'a ?\nb\nc\n', b''), ('|', 'utf-8', 'a é\nb\nc\n'.encode(), b''),
     ('| head', 'utf-8', None, b'a wish to stop\n'), ('>&-', 'utf-8', b'', b''),
@@ -31,7 +30,6 @@ def test_say_never_fails(out, encoding, printed, said):
         assert child.stdout.readline() == 'a é\n'.encode()  # at once, though it is a pipe
         child.stdout = child.stdout.close()
     assert child.communicate(b'\n') == (printed, said) and child.returncode == 0
-
 
 @pytest.mark.parametrize('terminal, rank, expected', [
     (False, '0', 'work: 25%, 10 tokens/s, 1m 30s left, loss 2\n'), (True, '1', ''), (True, '0',

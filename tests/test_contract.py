@@ -22,21 +22,17 @@ from prepare import Tokenizer
 
 SMALL = dict(block_size=16, width=7, decay_from=1.0, learning_rate=0.03, stream=True)
 
-
 def squared(self, x):
     return self.c_proj(F.relu(self.c_fc(x)).square())
 
-
 def scaled(self, x, before=None, cache=None, attention=CausalSelfAttention.forward):
     return attention(self, 1.5 * x, before, cache)
-
 
 def streamed(model, idx):
     """The logits after every token of idx (1, T), read one by one."""
     state = new_state(model)
     assert (state.cache is not None) == hasattr(model, 'extend')
     return torch.stack([read_(model, token, state).clone() for token in idx.split(1, 1)], dim=1)
-
 
 @pytest.mark.parametrize('part, edit', [(MLP, squared), (CausalSelfAttention, scaled)])
 @pytest.mark.parametrize('kind, sizes', [
@@ -64,12 +60,10 @@ def test_an_edit_to_model_py_holds_everywhere(part, edit, kind, sizes, monkeypat
     for before, after in zip(*found):
         assert (before != after).any()
 
-
 @pytest.fixture
 def toys(monkeypatch):
     for name, pair in TOYS.items():
         monkeypatch.setitem(MODELS, name, pair)
-
 
 @pytest.mark.parametrize('kind', TOYS)
 def test_a_model_with_nothing_but_forward_does_all_that_others_do(
@@ -104,7 +98,6 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     assert probed.code == 0, probed.err
     metrics = load_record(folder / 'probe.json')['metrics']
     assert metrics['loss']['value'] == pytest.approx(scored[-1]['val_loss'], abs=1e-5)
-
 
 def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_path, monkeypatch):
     """By compare.py as it is, but that its scripts run in this process, which knows them."""

@@ -12,13 +12,11 @@ from lib import device
 MATMUL = torch.backends.mkldnn.matmul
 train = pytest.fixture(starter)
 
-
 @pytest.fixture
 def amd(monkeypatch):
     """A processor on which oneDNN is tried; what it computes is this one's."""
     monkeypatch.setattr(device, 'cpu_info', lambda: 'vendor_id\t: AuthenticAMD')
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
-
 
 def test_what_is_taken_computes_float32(amd):
     """On whatever this machine is; bfloat16 would be off by 0.1."""
@@ -27,13 +25,11 @@ def test_what_is_taken_computes_float32(amd):
     assert MATMUL.fp32_precision == ('bf16' if taken == 'onednn' else 'none')
     torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=2e-4)
 
-
 def test_a_processor_that_rounds_is_left_to_torch(amd, monkeypatch, capsys):
     monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: torch.matmul(
         a.bfloat16().float(), b.bfloat16().float()))
     assert device.choose_products('onednn') == 'torch' and MATMUL.fp32_precision == 'none'
     assert "oneDNN's products do not serve on this machine" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize('vendor, capability, products', [
     ('GenuineIntel', 'AVX512', 'auto'), ('AuthenticAMD', 'AVX2', 'auto'), ('', 'DEFAULT', 'onednn'),
@@ -43,14 +39,12 @@ def test_others_are_left_to_torch(monkeypatch, vendor, capability, products):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     assert device.choose_products(products) == 'torch' and MATMUL.fp32_precision == 'none'
 
-
 def test_training_records_who_multiplies_and_goes_on_with_it(train, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(device, 'choose_products', lambda asks: asked.append(asks) or 'onednn')
     assert train(max_iters=1).globals['s'].products == 'onednn'
     assert train(init_from='resume', max_iters=2).code == 0 and asked == ['auto', 'onednn']
     assert load(tmp_path / 'out' / 'last.pt')['config']['products'] == 'onednn'
-
 
 @pytest.mark.filterwarnings('ignore')  # torch warns of itself
 @pytest.mark.parametrize('works', [True, False])
@@ -69,13 +63,11 @@ def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monk
     a, b = (load(tmp_path / name / 'last.pt')['model'] for name in ('a', 'out'))
     equal(a, b, **(dict(rtol=1e-3, atol=1e-4) if works else {}))
 
-
 def test_a_device_that_is_not_there_is_told():
     with pytest.raises(SystemExit, match="'tpu' is not available"):
         device.pick_device('tpu')
     with pytest.raises(SystemExit, match='more than this machine can use'):
         device.set_threads(100_000)
-
 
 def test_freed_memory_is_kept():
     """In a process of its own: taking as much again as was freed costs no page faults."""

@@ -15,27 +15,22 @@ PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(glob.glob('docs/*.md', root_dir
 RECORDS = sorted(glob.glob('results/**/*.json', root_dir=ROOT, recursive=True))
 PICTURES = sorted(glob.glob('results/**/*.png', root_dir=ROOT, recursive=True))
 
-
 def read(name):
     with open(os.path.join(ROOT, name), encoding='utf-8') as f:
         return f.read()
 
-
 def test_pages_and_pictures_are_as_the_results_have_them():
     assert not docs.stale(), 'python -m lib.docs makes them anew'
-
 
 def test_every_picture_is_shown():
     text = ''.join(map(read, PAGES))
     assert all(os.path.basename(name) in text for name in PICTURES)
-
 
 @pytest.mark.parametrize('name', RECORDS)
 def test_record(name):
     record = load_record(os.path.join(ROOT, name))
     assert os.path.getsize(os.path.join(ROOT, name)) < 300_000
     assert re.fullmatch(r'\d{4}-\d\d-\d\d', record['date'])
-
 
 @pytest.mark.parametrize('name', PAGES)
 def test_links_and_size(name):
@@ -45,31 +40,26 @@ def test_links_and_size(name):
             assert os.path.exists(os.path.join(folder, target)), target
     assert name != 'README.md' or len(text.splitlines()) <= 150
 
-
 @pytest.fixture
 def record():
     points = [{'x': 12, 'value': 1.0, 'n': 200}, {'x': 1000, 'value': 0.25, 'n': 100}]
     return {'what': 'recall', 'settings': {'name': 'fold'}, 'metrics': {'loss': {'value': 1.23456}},
             'curves': {'recall': {'x': 'distance', 'y': 'share', 'points': points}}}
 
-
 def test_fields(record):
     assert docs.fill('{metrics/loss|.2f} of {curves/recall/1000/n}', record) == '1.23 of 100'
     assert docs.fill('{curves/recall/7} || {settings/name}', record) == 'fold'
-
 
 def test_seeds_are_merged(record):
     other = {**record, 'metrics': {'loss': {'value': 2.23456}}}
     loss = docs.merged([record, other])['metrics']['loss']
     assert loss['value'] == pytest.approx(1.73456) and loss['sd'] == pytest.approx(0.5 ** 0.5)
 
-
 def test_picture_carries_what_it_shows(record, tmp_path):
     path = str(tmp_path / 'recall.png')
     curves(path, 'Needle', record['curves'])
     with open(path, 'rb') as f:
         assert digest('Needle', record['curves'], True, False).encode() in f.read()
-
 
 def test_a_record_is_what_was_saved_and_nothing_else_is_one(tmp_path):
     path = tmp_path / 'new' / 'a.json'
@@ -86,7 +76,6 @@ def test_a_record_is_what_was_saved_and_nothing_else_is_one(tmp_path):
             load_record(path)
     with pytest.raises(SystemExit, match='cannot read'):
         load_record(tmp_path / 'b.json')
-
 
 def test_the_commit_is_that_of_the_repository_itself(monkeypatch, tmp_path):
     for name in ('.', 'copy'):

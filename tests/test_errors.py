@@ -15,7 +15,6 @@ from test_sample import change, model_dir, other_chars  # noqa: F401 (a fixture)
 
 from lib.checkpoint import FILES, save
 
-
 def check(done, *parts):
     """One line of error at the end; before it, a script may say whose model it took."""
     *said, error = done.err.splitlines() or ['']
@@ -23,13 +22,11 @@ def check(done, *parts):
     assert not said or len(said) == 1 and ', trained on ' in said[0], done.err
     assert all(part in error for part in parts), error
 
-
 def contents(folder):
     """What is in all files of a folder, in any depth; and nothing temporary is left there."""
     found = {path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
     assert not [path for path in found if path.suffix == '.tmp']
     return {path: content for path, content in found.items() if path.name != '.lock'}
-
 
 @pytest.mark.parametrize('settings, parts', [
     (dict(lerning_rate=1), ['unknown key --lerning_rate', 'did you mean --learning_rate']),
@@ -71,7 +68,6 @@ def test_train(train, tmp_path, settings, parts):
     check(train(**settings), *parts)
     assert contents(tmp_path) == {}
 
-
 @pytest.mark.parametrize('content, parts', [
     ('batchsize = 3', ['batchsize', 'did you mean batch_size']),
     ('batch_size = "3"', ["batch_size='3'", 'expected an integer']),
@@ -83,7 +79,6 @@ def test_config_files(run, tmp_path, content, parts):
         (tmp_path / 'config.py').write_text(content)
     check(run('train.py', tmp_path / 'config.py'), *parts)
 
-
 def test_from_a_real_shell(tmp_path):
     """The interpreter, too, shows one line and no traceback, from any current directory."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), '--max_iter=3',
@@ -91,7 +86,6 @@ def test_from_a_real_shell(tmp_path):
                           cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == 'error: unknown key --max_iter: did you mean --max_iters?\n'
-
 
 @pytest.mark.parametrize('args, parts', [
     (['--start=Zed'], ["'Z' (U+005A) at position 0"]),
@@ -126,10 +120,8 @@ def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     check(done, *parts)
     assert contents(tmp_path) == before and done.out == ''
 
-
 def sizes(**changed):
     return lambda sizes: {**sizes, **changed}
-
 
 @pytest.mark.parametrize('spoiled, parts', [
     (lambda raw: b'garbage', ['is not a readable checkpoint: it is no file of torch']),
@@ -170,10 +162,8 @@ def test_checkpoints(run, train, model_dir, tmp_path, spoiled, parts):  # noqa: 
     check(train(init_from='resume'), *parts)
     assert contents(tmp_path) == before
 
-
 def state_with(**entries):
     return dict(state=lambda state: {**state, **entries})
-
 
 @pytest.mark.parametrize('model_type, spoiled', [
     ('fold', dict(model='another', part='is not a state of this model')),
@@ -196,7 +186,6 @@ def test_states(run, train, tmp_path, model_type, spoiled):
     check(run('sample.py', *common, f'--load_state={path}'), part)
     assert contents(tmp_path) == before
 
-
 def test_checkpoints_that_do_not_fit(train, tmp_path):
     assert train(max_iters=1, out_dir=tmp_path / 'a').code == 0
     assert train(max_iters=1, carry='gated', out_dir=tmp_path / 'b').code == 0
@@ -207,7 +196,6 @@ def test_checkpoints_that_do_not_fit(train, tmp_path):
     change(plain, tokenizer=other_chars('.', '/'))
     check(train(init_from=plain), 'vocabulary is not that of')
 
-
 @contextmanager
 def limited(size):
     """A limit on the size of the files that are written: to who writes them, a full disk."""
@@ -217,7 +205,6 @@ def limited(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-
 
 @pytest.mark.parametrize('size', [600, 20_000])
 def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: F811
@@ -236,7 +223,6 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: 
         check(run('train.py', *common, '--init_from=resume', '--max_iters=21'), 'too large')
     after = contents(tmp_path)
     assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
-
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')

@@ -14,7 +14,6 @@ EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tu
     ('fold', {}), ('fold', {'carry': 'gated'}), ('recurrent', {})])
 RECOMPUTE = pytest.mark.parametrize('recompute', [False, True])
 
-
 def literal(model, x, y, carry, cut):
     """The loss of x, y over pieces of a unit in one graph, with the carry detached after every
     `cut` of them; and the last carry."""
@@ -24,7 +23,6 @@ def literal(model, x, y, carry, cut):
         _, loss, carry = model(x_s, y_s, carry)
         total = total + loss * x_s.size(1) / x.size(1)
     return total, rowwise(torch.detach, carry)
-
 
 @EVERY
 @RECOMPUTE
@@ -46,7 +44,6 @@ def test_gradients_are_those_of_one_graph_with_the_carry_cut(
     assert_equal((found, after), (loss.detach(), last))
     assert_equal(gradients(model), expected)
 
-
 @EVERY
 @RECOMPUTE
 def test_no_gradient_flows_into_the_first_carry_and_none_hangs_on_the_last(kind, sizes, recompute):
@@ -57,7 +54,6 @@ def test_no_gradient_flows_into_the_first_carry_and_none_hangs_on_the_last(kind,
     rowwise(lambda a, b: flags.extend((a.grad is None, not b.requires_grad)), first, last)
     assert all(flags) and not loss.requires_grad
 
-
 @RECOMPUTE
 def test_a_share_of_the_loss_is_added_to_the_gradient_that_is_there(recompute):
     model, x, y = make(), tokens(2, 4 * l), tokens(2, 4 * l)
@@ -66,7 +62,6 @@ def test_a_share_of_the_loss_is_added_to_the_gradient_that_is_there(recompute):
     parts = [backpropagate(model, x, y, share=share, recompute=recompute)[0]
              for share in (0.25, 0.75)]
     assert_equal((sum(parts), gradients(model)), (whole, expected))
-
 
 @EVERY
 @pytest.mark.parametrize('T', [4 * l, 4 * l + 1])
@@ -84,7 +79,6 @@ def test_recomputed_with_dropout_it_drops_the_same(kind, sizes, T):
     assert_equal(gradients(model), expected)
     assert torch.equal(torch.rand(1), following)
 
-
 class Kept:
     """A tensor that autograd keeps, counted as long as it does."""
     now = peak = 0
@@ -97,7 +91,6 @@ class Kept:
     def __del__(self):
         Kept.now -= self.tensor.nbytes
 
-
 def peak_bytes(model, segments, **kwargs):
     """The most bytes, parameters aside, that autograd keeps at a time in a backward pass."""
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -109,7 +102,6 @@ def peak_bytes(model, segments, **kwargs):
         backpropagate(model, x, y, **kwargs)
     return Kept.peak
 
-
 @EVERY
 def test_memory_recomputed_or_truncated_does_not_grow_with_the_sequence(kind, sizes):
     model = make(kind, **sizes)
@@ -119,7 +111,6 @@ def test_memory_recomputed_or_truncated_does_not_grow_with_the_sequence(kind, si
     assert whole[1] > 2.5 * whole[0]
     assert recomputed[0] == recomputed[1] < whole[0] / 4
     assert truncated[0] == truncated[1] < 0.7 * whole[0]
-
 
 def test_training_truncated_and_recomputed(train, tmp_path):
     """Chunks are plain gradient accumulation: the first update sees the same loss cut or not, the
@@ -135,7 +126,6 @@ def test_training_truncated_and_recomputed(train, tmp_path):
     assert cut == pytest.approx(cut_recomputed, abs=1e-5)
     assert whole == pytest.approx(recomputed, abs=1e-5)
     assert cut[0] == pytest.approx(whole[0], abs=1e-6) and cut[-1] != whole[-1]
-
 
 def test_a_model_without_a_carry_has_nothing_to_cut(train):
     for settings in (dict(bptt_segments=2), dict(recompute=True)):

@@ -20,11 +20,9 @@ EVERY = pytest.mark.parametrize('kind, sizes', [
     ('fold', {}), ('fold', {'carry': 'gated'}), ('fold', {'n_local': 0, 'n_global': 1}),
     ('fold', {'segment_size': 1}), ('gpt', {})])
 
-
 def small_gpt(**sizes):
     """The baseline with the window of the small fold's segment."""
     return make('gpt', **{'block_size': l, **sizes})
-
 
 def folded(gpt, n_local):
     """A fold with a GPT's weights, key for key."""
@@ -32,7 +30,6 @@ def folded(gpt, n_local):
     fold = make('fold', n_local=n_local, n_global=c.n_layer - n_local, bias=c.bias)
     fold.load_state_dict(gpt.state_dict())
     return fold
-
 
 @pytest.mark.parametrize('bias', ['bias', 'nobias'])
 def test_the_baseline_is_nanogpt(bias):
@@ -58,7 +55,6 @@ def test_the_baseline_is_nanogpt(bias):
         optimizer.zero_grad()
     assert losses == pytest.approx(train['losses'], abs=5e-5)  # updates amplify rounding
 
-
 @pytest.mark.parametrize('kind', ['gpt', 'fold'])
 def test_only_matrices_and_embeddings_decay(kind):
     model = make(kind, carry='gated')
@@ -68,7 +64,6 @@ def test_only_matrices_and_embeddings_decay(kind):
     parts = [[names[id(p)] for p in group['params']] for group in (kept, decayed)]
     assert parts[0] == [name for name in names.values() if 'bias' in name or '.ln_' in name]
     assert sorted(sum(parts, [])) == sorted(names.values())
-
 
 @pytest.mark.parametrize('kind', ['gpt', 'fold'])
 def test_initialization(kind):
@@ -83,14 +78,12 @@ def test_initialization(kind):
     assert model.lm_head.weight is model.transformer.wte.weight
     assert kind == 'gpt' or (model.carry_gate.bias.sigmoid() > 0.7).all()  # it starts by keeping
 
-
 def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(monkeypatch):
     model, rates = make('gpt', dropout=0.5), []
     monkeypatch.setattr(F, 'dropout', lambda x, p, on=True, *_: rates.append(p * on) or x)
     for training in (True, False):
         model.train(training)(tokens(1, l))
     assert rates.count(0.5) == 1 + 3 * model.config.n_layer == sum(map(bool, rates))
-
 
 @pytest.mark.parametrize('kind, L', [('gpt', 80), ('fold', 160)])
 def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
@@ -101,7 +94,6 @@ def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
         assert_equal(all_logits(model, idx[:, :T]), long[:, :T])
     monkeypatch.setattr('model.FUSED_FROM', 1000)
     assert_equal(all_logits(model, idx), long)
-
 
 @pytest.mark.parametrize('n_local, n_global', [(0, 2), (2, 2), (1, 3), (3, 1)])
 @pytest.mark.parametrize('bias', [False, True])
@@ -117,7 +109,6 @@ def test_one_segment_is_a_gpt(n_local, n_global, bias):
     assert_equal(all_logits(gpt, idx), all_logits(fold, idx))
     assert_equal(*(backpropagate(model, idx, targets)[0] for model in (gpt, fold)))
     assert_equal(gradients(gpt), gradients(fold))
-
 
 def literal_logits(weights, idx, n_local, n_global):
     """Eq. 13, 16 and 17 as they are printed, for one row of tokens: loops over s, i, token and
@@ -161,13 +152,11 @@ def literal_logits(weights, idx, n_local, n_global):
             logits.append(w['lm_head.weight'] @ norm(x, 'transformer.ln_f'))
     return torch.from_numpy(np.stack(logits))
 
-
 @pytest.mark.parametrize('n_local, n_global', [(0, 1), (2, 2), (1, 3)])
 def test_the_equations(n_local, n_global):
     model, idx = make(n_local=n_local, n_global=n_global), tokens(2, 4 * l)
     for row, logits in zip(idx, all_logits(model, idx).detach()):
         assert_equal(logits, literal_logits(model.state_dict(), row.tolist(), n_local, n_global))
-
 
 @CARRIES
 def test_chunks_with_the_carry_passed_equal_one_call(carry):
@@ -186,7 +175,6 @@ def test_chunks_with_the_carry_passed_equal_one_call(carry):
             with pytest.raises(ValueError, match='the carry of a segment'):
                 model(idx, carry=short)
 
-
 @EVERY
 def test_causality(kind, sizes):
     """Across the borders of segments, too; and every later logit does change."""
@@ -198,7 +186,6 @@ def test_causality(kind, sizes):
         after = all_logits(model, changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
-
 
 @CARRIES
 @pytest.mark.parametrize('segments, cut', [(16, 16), (8, 1), (8, 2), (8, 4)])
@@ -215,7 +202,6 @@ def test_reach_is_the_unrolled_length_and_ends_where_the_carry_is_detached(
                        for x, g in zip(seen, grads)])
     assert (reach[:(segments - cut) * l] == 0).all() and (reach[-cut * l:] > 0).all()
 
-
 @EVERY
 def test_rows_never_influence_each_other(kind, sizes):
     model, idx = make(kind, **sizes), tokens(3, 4 * l)
@@ -225,7 +211,6 @@ def test_rows_never_influence_each_other(kind, sizes):
         alone, _, after = model(idx[row], idx[row], rowwise(lambda x: x[row], carry))
         assert_equal((alone, after), (logits[row], rowwise(lambda x: x[row], last)))
 
-
 def test_without_the_carry_it_is_the_baseline_of_the_same_window():
     gpt, idx = small_gpt(), tokens(2, 4 * l)
     fold = folded(gpt, 2)
@@ -234,7 +219,6 @@ def test_without_the_carry_it_is_the_baseline_of_the_same_window():
     assert_equal(dropped, alone)
     difference = (all_logits(fold, idx) - alone).abs().amax(dim=(0, 2))
     assert difference[:l].max() < 1e-10 and difference[l:].min() > 1e-4  # with it, it is not
-
 
 def test_the_carry_is_the_output_before_the_final_norm_and_mixed_if_gated():
     """Place by place: g * old + (1 - g) * new, g = sigmoid(W [old ; new] + b)."""
@@ -252,14 +236,11 @@ def test_the_carry_is_the_output_before_the_final_norm_and_mixed_if_gated():
         assert_equal(model.lm_head(model.transformer.ln_f(carry)), logits[:, -l:])
         assert hasattr(model, 'carry_gate') == (kind == 'gated')  # else a GPT's parameters
 
-
 def layer(T, keys):
     """Products of numbers in a layer for T tokens that attend to `keys`, masked ones too."""
     return T * 12 * C * C + 2 * T * keys * C
 
-
 LAST = layer(l, 2 * l) + 2 * l * C * C  # the last global layer: keys and values of the past half
-
 
 @pytest.mark.parametrize('kind, T, sizes, expected', [
     ('gpt', 17, {'block_size': 17}, 4 * layer(17, 17)),
@@ -273,7 +254,6 @@ def test_flops_are_those_of_what_is_read_and_of_no_more(kind, T, sizes, expected
     assert flops_per_token(model, T) * T == 6 * (expected + T * C * V)
     assert not gradients(model)
 
-
 @EVERY
 def test_loss_is_the_mean_over_positions_and_skips_targets_of_minus_one(kind, sizes):
     model, idx, targets = make(kind, **sizes), tokens(2, 12), tokens(2, 12)
@@ -284,7 +264,6 @@ def test_loss_is_the_mean_over_positions_and_skips_targets_of_minus_one(kind, si
     last, none, _ = model(idx)
     assert none is None
     assert_equal(last, logits[:, -1:])
-
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
 def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(prefix):
@@ -297,7 +276,6 @@ def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(
     gpt.transformer.wpe.weight.data = gpt.transformer.wpe.weight.data[:l]
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), gpt.parameters()))
 
-
 @pytest.mark.parametrize('change, message', [
     ({'transformer.ln_f.weight': None}, 'has no transformer.ln_f.weight'),
     ({'carry_gate.bias': torch.ones(C)}, 'has a carry_gate.bias: take --carry=gated'),
@@ -306,7 +284,6 @@ def test_weights_that_do_not_fit_are_named(change, message):
     weights = {**small_gpt().state_dict(), **change}
     with pytest.raises((ValueError, SystemExit), match=message):
         load_weights(small_gpt(), {name: w for name, w in weights.items() if w is not None})
-
 
 @pytest.mark.parametrize('kind, sizes, message', [
     ('gpt', dict(n_embd=10, n_head=3), 'n_embd=10 must be a multiple of n_head=3'),
@@ -321,7 +298,6 @@ def test_weights_that_do_not_fit_are_named(change, message):
 def test_sizes_that_no_model_can_have(kind, sizes, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):
         make_model(kind, {**SIZES, **sizes})
-
 
 def test_calls_that_no_model_can_answer():
     for model, T, carry in ((make(), 0, None), (make(), 3, torch.zeros(1, l, C)),

@@ -21,20 +21,17 @@ PARTS = ['meta.json', 'train.bin', 'val.bin']
 TRUE = b'First Citizen: speak. ' * 20  # in the place of tiny Shakespeare
 CUT = requests.exceptions.ChunkedEncodingError('IncompleteRead ' + 'x\ny ' * 999)
 
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Every test works in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-
 def make(text=TEXT, dataset='mine', **settings):
     """Write a text and prepare it in the folder `data`."""
     Path('my.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
     settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), 'quiet': True, **settings}
     return prepare.prepare(dataset, **settings)
-
 
 def check_error(words, call, *args, kind=SystemExit, **kwargs):
     """A SystemExit in one line that holds all of the words, which | separates."""
@@ -45,7 +42,6 @@ def check_error(words, call, *args, kind=SystemExit, **kwargs):
     assert '\n' not in message and len(message) < 600, message
     assert all(word in message for word in words.split('|')), message
 
-
 def command(*argv, setup=''):
     """Run prepare.py as a program; `setup` is code that runs before it."""
     code = (f"{setup}\nimport runpy, sys\nsys.argv = ['prepare.py', *sys.argv[1:]]\n"
@@ -53,20 +49,16 @@ def command(*argv, setup=''):
     return subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': ROOT})
 
-
 def ids_of(folder, *parts):
     return np.concatenate([np.fromfile(f'{folder}/{part}.bin', '<u2') for part in parts])
 
-
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
-
 
 def fail_with(error):
     def call(*args, **kwargs):
         raise error
     return call
-
 
 def test_data_set_of_characters(capsys, here, monkeypatch):
     folder = make(quiet=False)
@@ -82,7 +74,6 @@ def test_data_set_of_characters(capsys, here, monkeypatch):
     monkeypatch.setattr(prepare, 'HERE', str(here / 'program'))  # relative paths lie beside it
     assert make(data_dir='d') == str(here / 'program/d/mine') and capsys.readouterr().out == ''
 
-
 def test_line_ends_are_kept_or_turned_into_those_of_unix(capsys):
     raw = b'\xef\xbb\xbf' + b'ab\r\n' * 10 + b'c\rd'
     kept = load_meta(make(raw, quiet=False))
@@ -93,13 +84,11 @@ def test_line_ends_are_kept_or_turned_into_those_of_unix(capsys):
     assert capsys.readouterr().out.count('\n') == 1
     assert kept['sha256'] == sha256(raw[3:])  # without the byte order mark
 
-
 def test_gzip_is_unpacked():
     packed = gzip.compress(TEXT.encode())
     assert load_meta(make(packed))['sha256'] == load_meta(make())['sha256']
     check_error('my.txt|cannot read|EOFError: Compressed file', make, packed[:-9])
     check_error('BadGzipFile', make, packed[:-8] + bytes(8))
-
 
 @pytest.mark.parametrize('text, words', [
     (b'', 'my.txt is empty'), (b'\xef\xbb\xbf', 'is empty'), (b'a' * 19, 'my.txt has 19 tokens'),
@@ -108,7 +97,6 @@ def test_bad_texts(text, words):
     check_error(words, make, text)
     assert not os.path.exists('data')
     assert load_meta(make('ab' * 10))['n_val'] == 2  # the shortest that is enough
-
 
 @pytest.mark.parametrize('settings, words', [
     *[({'dataset': name}, f'{name!r} cannot name a data set|letters|--file')
@@ -123,7 +111,6 @@ def test_bad_texts(text, words):
 def test_bad_requests(settings, words):
     check_error(words, make, **settings)
 
-
 def test_older_data_set_is_replaced_and_nothing_else():
     for folder in ('elsewhere', 'data/mine'):
         os.makedirs(folder)
@@ -135,7 +122,6 @@ def test_older_data_set_is_replaced_and_nothing_else():
     assert Path('data/mine/thesis.txt').read_text() == 'precious'
     assert os.path.islink('data/linked') and sorted(os.listdir('elsewhere')) == PARTS
     assert sorted(os.listdir('data/mine')) == [*PARTS[:1], 'thesis.txt', *PARTS[1:]]
-
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left')])
 @pytest.mark.parametrize('owner, name, last', [
@@ -154,7 +140,6 @@ def test_failure_leaves_the_older_data_set_and_nothing_else(monkeypatch, error, 
     assert type(error) is KeyboardInterrupt or 'No space left' in caught.value.code
     assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir()} == before
 
-
 @pytest.mark.parametrize('name, content, words', [
     ('meta.json', None, 'meta.json is missing'), ('train.bin', None, 'train.bin is missing'),
     ('val.bin', b'x' * 19, 'val.bin is damaged'), ('train.bin', bytes(172), 'train.bin is damaged'),
@@ -172,7 +157,6 @@ def test_damaged_data_set(name, content, words):
     path.unlink() if content is None else path.write_bytes(content)
     check_error(f'{words}|python prepare.py mine [--file=PATH]', load_meta, path.parent)
 
-
 def test_characters_there_and_back():
     tokenizer = Tokenizer(json.loads(json.dumps({'kind': 'char', 'chars': '\nabé😀'})))
     ids = tokenizer.encode('b😀\na')
@@ -185,19 +169,16 @@ def test_characters_there_and_back():
                         ('\U0001f601', 'U+1F601|position 100'), ('\udcff', "'\\udcff'|U+DCFF")):
         check_error(words, tokenizer.encode, text, start=100)
 
-
 def test_damaged_tokenizer():
     for spec in (None, [], {}, {'kind': 'word'}, {'kind': 'char'}, {'kind': ['char']},
                  *({'kind': 'char', 'chars': chars} for chars in ('', 'ba', 'aa', ['a']))):
         check_error('damaged tokenizer', Tokenizer, spec)
-
 
 def test_too_many_distinct_characters():
     everything = ''.join(map(chr, [*range(0xD800), *range(0xE000, 0x10801)]))
     check_error('65,537 distinct characters', make, everything)
     folder = make(everything[1:])  # the most that fits, up to id 65535
     assert load_meta(folder)['vocab_size'] == 65536 and ids_of(folder, 'val')[-1] == 65535
-
 
 def test_gpt2():
     try:
@@ -214,14 +195,12 @@ def test_gpt2():
     assert (meta['vocab_size'], meta['tokenizer'], len(TEXT)) == (50257, gpt2.spec, meta['n_chars'])
     assert gpt2.decode(ids_of(folder, 'train', 'val')) == TEXT
 
-
 def test_gpt2_that_cannot_be_loaded(monkeypatch):
     offline = fail_with(ConnectionError('no\nroute ' + 'x ' * 999))
     for module in (None, types.SimpleNamespace(get_encoding=offline)):
         monkeypatch.setitem(sys.modules, 'tiktoken', module)
         check_error('TIKTOKEN_CACHE_DIR', make, tokenizer='gpt2')
     assert not os.path.exists('data')
-
 
 def test_python_text(here, monkeypatch):
     folder = prepare.prepare('python', data_dir=str(here), quiet=True)
@@ -238,7 +217,6 @@ def test_python_text(here, monkeypatch):
     for name in ('os.py', 'abc.py', '_sysconfigdata_x.py', 'os.txt'):
         (here / name).write_bytes(f'<{name}>\r\x0c\xe9'.encode())
     assert prepare._python_text() == b'1\n2\n<abc.py>\n<os.py>'
-
 
 @pytest.fixture
 def web(monkeypatch):
@@ -257,10 +235,8 @@ def web(monkeypatch):
     monkeypatch.setattr(prepare.time, 'sleep', web.pauses.append)
     return web
 
-
 def shakespeare(folder='.', quiet=True, **settings):
     return prepare.prepare('shakespeare', data_dir=os.path.abspath(folder), quiet=quiet, **settings)
-
 
 @pytest.mark.parametrize('failures', [[], [503], [requests.Timeout(), CUT]])
 def test_download(web, capsys, failures):
@@ -270,7 +246,6 @@ def test_download(web, capsys, failures):
     assert sorted(os.listdir('new/data')) == ['shakespeare', 'shakespeare.txt']
     assert web.answers == [] and web.pauses == [0, 1, 3][:len(failures) + 1]
     assert capsys.readouterr().out.startswith(f'downloading {prepare.SHAKESPEARE_URL}\n')
-
 
 def test_download_is_kept_and_used_again_only_if_it_is_right(web, capsys):
     web.answers = [TRUE]
@@ -283,7 +258,6 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web, capsys):
     assert load_meta(shakespeare(file='copy.txt'))['source'] == 'copy.txt'
     assert capsys.readouterr().out == ''
 
-
 @pytest.mark.parametrize('answer, words', [
     (404, '404'), (CUT, 'IncompleteRead'), (requests.Timeout(), 'Timeout'), (b'<html>', 'SHA-256')])
 def test_failed_download(web, answer, words):
@@ -293,7 +267,6 @@ def test_failed_download(web, answer, words):
     assert (web.answers, web.pauses, os.listdir()) == ([], [0, 1, 3], [])
     check_error('missing|with: python prepare.py shakespeare', load_meta, 'shakespeare/')
 
-
 def test_download_without_requests_and_one_that_cannot_be_kept(web, monkeypatch):
     web.answers = [TRUE]
     with monkeypatch.context() as patch:
@@ -302,7 +275,6 @@ def test_download_without_requests_and_one_that_cannot_be_kept(web, monkeypatch)
     monkeypatch.setitem(sys.modules, 'requests', None)
     check_error('cannot download', shakespeare, kind=DownloadError)
     assert os.listdir() == []
-
 
 def test_program(here):
     Path('my.txt').write_text('a' * 25)
@@ -318,7 +290,6 @@ def test_program(here):
         done = command(*argv)
         assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1)
         assert done.stderr.startswith('error: ') and words in done.stderr
-
 
 def test_program_interrupted_and_import_that_does_nothing():
     done = command('python', '--data_dir=d', setup='import os, _thread\nreal = os.mkdir\n'

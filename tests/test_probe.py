@@ -16,7 +16,6 @@ P = dict(histories='0,6,12,18,24,30,36,42,48,72', words=300,
          bins='12,24,32,34,48', targets=200, stretches=20, resamples=400, seed=1)
 WORTH, REMOTE = 'worth of longer history', 'remote co-occurrence'
 
-
 def measure(score, tokens, **changes):
     """{curve: {x: point}}; every third token is a word."""
     p, last, found = SimpleNamespace(**{**P, **changes}), {}, []
@@ -26,12 +25,10 @@ def measure(score, tokens, **changes):
     curves = history.measure(score, tokens, SIZE, history.plan(len(tokens), SIZE, p), found, p)
     return {name: {point['x']: point for point in some['points']} for name, some in curves.items()}
 
-
 def knows_the_lag(rows, n):
     """The best predictor of a text that repeats every LAG symbols: certain, or it knows nothing."""
     places = torch.arange(rows.size(1) - n, rows.size(1))  # of the targets
     return (places < LAG).double().mul(math.log(LAG)).expand(len(rows), n)
-
 
 def test_the_curve_drops_at_the_lag_and_nowhere_else():
     curves = measure(knows_the_lag, torch.randperm(LAG).repeat(100)[:3000])
@@ -41,7 +38,6 @@ def test_the_curve_drops_at_the_lag_and_nowhere_else():
     assert [c for c, point in curves[WORTH].items() if point['value'] > 0] == [0, 6, 12, 18, 24, 30]
     [(low, words)] = curves[REMOTE].items()  # no word stood at another distance
     assert low == 32 and words['n'] >= 100 and words['value'] == pytest.approx(-math.log(LAG))
-
 
 def test_preserved_context_asks_for_a_gain_of_some_size(monkeypatch):
     tokens = torch.randperm(LAG).repeat(100)[:3000]
@@ -53,7 +49,6 @@ def test_preserved_context_asks_for_a_gain_of_some_size(monkeypatch):
     gain = found['worth of longer history']  # of 30 it is a third of that, less than 0.005
     assert gain['low'] == pytest.approx(gain['value']) == pytest.approx(0.004 * math.log(LAG))
 
-
 def test_words_at_other_distances_gain_nothing_from_a_lag():
     tokens, borders = torch.randint(V, (3000,)), [12, 18, 24, 30]
     found = [(place, 1, d) for place in range(200, 2900, 7) for d in (14, 20, 26)]
@@ -64,7 +59,6 @@ def test_words_at_other_distances_gain_nothing_from_a_lag():
     assert gains[LAG].tolist() == pytest.approx([-2 * math.log(LAG)])  # both tokens of the word
     assert not len(gains[6]) and not len(gains[7])
 
-
 @pytest.mark.parametrize('window', [SIZE, 2 * SIZE])
 def test_a_gpt_shows_nothing_beyond_its_window(window):
     model = make('gpt', block_size=window)
@@ -74,13 +68,11 @@ def test_a_gpt_shows_nothing_beyond_its_window(window):
     assert len(curves[REMOTE]) == 3 and all(point['n'] > 5 and point['value'] == point['low'] == 0
                                             for point in curves[REMOTE].values())
 
-
 def test_a_fold_is_not_blind_there():
     model = make(block_size=4 * SIZE, segment_size=SIZE)
     curves = measure(partial(last_losses, model), torch.randint(V, (2000,)))
     values = [point['value'] for curve in curves.values() for point in curve.values()]
     assert len(values) == 10 + 9 + 4 and all(values)
-
 
 def test_every_history_is_that_of_the_same_segments():
     tokens, seen = torch.arange(5000), []
@@ -96,14 +88,12 @@ def test_every_history_is_that_of_the_same_segments():
     for c, rows in zip((12, 48, 60), seen):
         assert torch.equal(rows, starts[:, None] + torch.arange(-c, SIZE + 1))
 
-
 def test_the_bootstrap_draws_whole_stretches():
     means, generator = torch.randn(10), torch.Generator().manual_seed(0)
     point = history.bootstrap(means.repeat_interleave(10), 10, 4000, generator)
     assert point['value'] == pytest.approx(means.mean().item()) and point['n'] == 100
     error = means.std(correction=0).item() / 10 ** 0.5
     assert point['high'] - point['low'] == pytest.approx(2 * 1.96 * error, rel=0.15)
-
 
 def test_words_and_where_they_stood_last():
     letters = SimpleNamespace(spec={'kind': 'char'}, decode=lambda ids: ''.join(map(chr, ids)))
@@ -113,9 +103,7 @@ def test_words_and_where_they_stood_last():
     pieces = SimpleNamespace(spec={'kind': 'gpt2'}, decode=lambda ids: ['the', ', ', 'cat'][ids[0]])
     assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces, '') == [(3, 1, 3)]
 
-
 SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
-
 
 def test_the_script(train, run, tmp_path, data_dir):
     train(max_iters=3, eval_interval=3)
@@ -139,7 +127,6 @@ def test_the_script(train, run, tmp_path, data_dir):
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
-
 
 @pytest.mark.parametrize('change, problem', [
     (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),

@@ -13,7 +13,6 @@ from test_train import assert_same_runs, flags, load, records, starter
 SCRIPT = os.path.join(ROOT, 'train.py')
 train = pytest.fixture(starter)
 
-
 def start(words):
     """Two processes as torchrun starts them, at half its cost."""
     with socket.socket() as free:
@@ -24,7 +23,6 @@ def start(words):
                              stderr=subprocess.PIPE, env={**group, 'RANK': n, 'LOCAL_RANK': n})
             for n in '01']
 
-
 def finish(processes, code=0):  # what they print on standard error
     try:
         errors = [process.communicate(timeout=200)[1] for process in processes]
@@ -33,12 +31,10 @@ def finish(processes, code=0):  # what they print on standard error
     assert [process.returncode for process in processes] == [code, code], errors
     return errors
 
-
 def assert_close_runs(one, two, updates):
     for key in ('loss', 'val_loss', 'tokens'):
         a, b = (dict(records(folder, key)) for folder in (one, two))
         assert b == pytest.approx(a, abs=1e-5) and (key == 'val_loss' or len(a) == updates)
-
 
 def test_two_processes_by_torchrun_learn_like_one(train, data_dir, tmp_path):
     settings = dict(carry='gated', dropout=0.0, recompute=True, max_iters=12, threads=1)
@@ -51,7 +47,6 @@ def test_two_processes_by_torchrun_learn_like_one(train, data_dir, tmp_path):
     assert (tmp_path / 'two' / 'loss.png').stat().st_size > 1000
     assert_close_runs(tmp_path / 'one', tmp_path / 'two', 12)
 
-
 def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
     """Beyond the end of the corpus, where a row begins anew beside one that has a carry."""
     settings = dict(stream=True, block_size=80, bptt_segments=3, gradient_accumulation_steps=2,
@@ -60,7 +55,6 @@ def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
     finish(start(flags(tmp_path / 'two', data_dir, max_iters=14, **settings)))
     assert train(out_dir=tmp_path / 'two', max_iters=21, init_from='resume', **settings).code == 0
     assert_close_runs(tmp_path / 'one', tmp_path / 'two', 21)
-
 
 def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, tmp_path):
     settings = dict(task='needle', eval_interval=15, max_iters=30, threads=1)
@@ -78,14 +72,12 @@ def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, 
     finish(start(flags(parts, data_dir, init_from='resume', **settings)))
     assert_same_runs(whole, parts)
 
-
 def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
     """Where the log is to be, something else is: one line, nothing from the other."""
     (tmp_path / 'out' / 'log.jsonl' / 'x').mkdir(parents=True)
     errors = finish(start(flags(tmp_path / 'out', data_dir, overwrite=True)), code=1)
     assert errors[0].startswith('error: cannot write ') and errors[0].count('\n') == 1
     assert errors[1] == ''
-
 
 @pytest.mark.parametrize('environment, words', [
     (dict(RANK='1'), 'RANK=1'), (dict(WORLD_SIZE='x'), 'WORLD_SIZE='),

@@ -15,17 +15,14 @@ from lib.checkpoint import TO_RESUME
 
 train = pytest.fixture(starter)
 
-
 @pytest.fixture
 def resume(run, tmp_path):
     """resume('--key=value', ...): go on with a run, by the settings that it has."""
     return lambda *more, out_dir=tmp_path / 'out': run(
         'train.py', f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *more)
 
-
 def kill(*args):
     raise KeyboardInterrupt  # which nothing catches
-
 
 @pytest.mark.parametrize('mode', [
     dict(), dict(model_type='gpt', stream=True, gradient_accumulation_steps=2),
@@ -46,7 +43,6 @@ def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypat
         assert len(saved['task_state']['processes'][0]['walkers']['carry']) > 1
     assert resume().code == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'out')
-
 
 def test_a_kill_at_any_moment_is_undone(train, resume, tmp_path, monkeypatch):
     """Before any update, any evaluation and any file that is put in its place: between the save
@@ -78,7 +74,6 @@ def test_a_kill_at_any_moment_is_undone(train, resume, tmp_path, monkeypatch):
         assert_same_runs(tmp_path / 'whole', folder)
     assert 12 < at < 20
 
-
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_update_saves_and_ends(train, resume, tmp_path, monkeypatch, number):
     settings = dict(log_interval=4, stream=True)
@@ -91,14 +86,12 @@ def test_a_signal_finishes_the_update_saves_and_ends(train, resume, tmp_path, mo
     assert signal.getsignal(number) == before and resume().code == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'out')
 
-
 def test_a_second_signal_ends_at_once(train, tmp_path, monkeypatch):
     watch(monkeypatch, lambda optimizer, n: n != 7 or [
         os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         train(eval_interval=5)
     assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == 5
-
 
 def test_a_folder_has_one_process_and_a_closed_pipe_saves(train, resume, tmp_path, data_dir):
     command = flags(tmp_path / 'out', data_dir, max_iters=3000, eval_interval=3000)
@@ -113,7 +106,6 @@ def test_a_folder_has_one_process_and_a_closed_pipe_saves(train, resume, tmp_pat
     done = load(tmp_path / 'out' / 'last.pt')['iter_num']
     assert 3 <= done < 3000 and resume(f'--max_iters={done + 1}').code == 0
 
-
 def test_torn_lines_and_files_are_dropped_and_a_finished_run_stays(train, resume, tmp_path):
     train(out_dir=tmp_path / 'whole', decay_from=1.0)
     train(max_iters=10, decay_from=1.0)
@@ -127,7 +119,6 @@ def test_torn_lines_and_files_are_dropped_and_a_finished_run_stays(train, resume
     assert resume('--max_iters=20').code == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'out')
     assert not list((tmp_path / 'out').glob('.*.tmp'))
-
 
 def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
     train(max_iters=10, batch_size=3, learning_rate=5e-3, dtype='bfloat16', compile='off',
@@ -144,7 +135,6 @@ def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
     tokens = dict(records(tmp_path / 'out', 'tokens'))
     assert (tokens[10], tokens[11], tokens[12]) == (10 * 48, 10 * 48 + 96, 10 * 48 + 192)
 
-
 @pytest.mark.parametrize('before, given, problem', [
     (dict(stream=True), ['--stretch=32'], 'stretch'), (dict(batch_size=8), ['--stretch=64'], ''),
     (dict(stretch=32), ['--stream=True'], 'stretch'),
@@ -159,7 +149,6 @@ def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given
     train(max_iters=10, **before)
     done = resume('--max_iters=12', *given)
     assert done.code == len(done.err.splitlines()) == bool(problem) and problem in done.err
-
 
 def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monkeypatch):
     train(max_iters=2)
@@ -183,7 +172,6 @@ def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monke
         watch(patch, kill)
         resume('--max_iters=3')
     assert last.exists() and resume('--max_iters=3').code == 0
-
 
 def test_killed_with_sigkill_and_resumed():
     kill_and_resume.main(2)

@@ -18,7 +18,6 @@ LINE = '-' * 40 + '\n'
 SCRIPT = [sys.executable, '-c', f'import runpy, sys; sys.path.insert(0, {ROOT!r}); from lib import '
           f'console; console.REPEAT = 0; runpy.run_path({ROOT!r} + "/sample.py", None, "__main__")']
 
-
 @pytest.fixture
 def model_dir(train, tmp_path, tmp_path_factory):
     """A folder that holds nothing but a trained model's checkpoint."""
@@ -29,12 +28,10 @@ def model_dir(train, tmp_path, tmp_path_factory):
     shutil.copy(kept / 'ckpt.pt', tmp_path / 'out')
     return tmp_path / 'out'
 
-
 @pytest.fixture
 def sample(run, model_dir):
     common = f'--out_dir={model_dir}', '--max_new_tokens=20', '--device=cpu'
     return lambda *args: run('sample.py', *common, *args)
-
 
 def change(path, **entries):
     """Replace entries of a saved dictionary: by a value, or by what a function makes of it."""
@@ -43,12 +40,10 @@ def change(path, **entries):
                   for key, value in entries.items()})
     torch.save(saved, path)
 
-
 def other_chars(old, new):
     """A vocabulary with other characters in place of some."""
     change = str.maketrans(old, new)
     return lambda spec: {**spec, 'chars': ''.join(sorted(spec['chars'].translate(change)))}
-
 
 def test_settings(sample):
     done = sample('--start=ape', '--num_samples=3')
@@ -58,7 +53,6 @@ def test_settings(sample):
     assert sample('--seed=1').out == sample('--seed=1').out != sample('--seed=2').out
     first, second = sample('--temperature=0', '--seed=2', '--num_samples=2').out.split(LINE)
     assert first == second == sample('--top_k=1').out == sample('--top_p=1e-9').out
-
 
 def test_prompts(sample, model_dir, tmp_path):
     """Of any length, with escapes as one types them; the default one only where it is known; what
@@ -77,7 +71,6 @@ def test_prompts(sample, model_dir, tmp_path):
     assert done.code == 1 and f'(U+20AC) at position {len(words) + 1}' in done.err
     assert f'{len(words) - 1} tokens before' in done.err and (tmp_path / 'state').exists()
 
-
 def test_a_state_goes_on_as_if_there_had_been_no_break(sample, tmp_path, monkeypatch):
     (tmp_path / 'book.txt').write_text(TEXT)
     book, state = f"--start=FILE:{tmp_path / 'book.txt'}", tmp_path / 'book.state'
@@ -91,7 +84,6 @@ def test_a_state_goes_on_as_if_there_had_been_no_break(sample, tmp_path, monkeyp
     assert first.out[:-1] + again.out == whole.out and sample(*more, '--seed=9').out != again.out
     assert sample(book, '--max_new_tokens=0', f'--save_state={state}').out == ''
     assert sample(*more, '--max_new_tokens=60').out == whole.out
-
 
 def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, monkeypatch):
     file_blocks = sample().globals['file_blocks']
@@ -111,7 +103,6 @@ def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, mo
     with pytest.raises(SystemExit, match='cannot read the prompt'):
         list(file_blocks('-'))
 
-
 @pytest.mark.parametrize('start, until', [('ape', 'stdout'), ('FILE:-', 'stderr')])
 def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, until):
     process = subprocess.Popen(
@@ -126,7 +117,6 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, unt
     count = len(said + out) - 1 if until == 'stdout' else len(TEXT)
     assert process.returncode == 0 and f'{count:,} tokens condensed' in err.decode()
 
-
 @pytest.mark.parametrize('command', ['| head -c 10', '> /dev/full', '>&-', '> text'])
 def test_whatever_becomes_of_the_output_the_state_is_kept(model_dir, tmp_path, command):
     """Where a terminal lacks the characters of the folder's name and of the text."""
@@ -140,7 +130,6 @@ def test_whatever_becomes_of_the_output_the_state_is_kept(model_dir, tmp_path, c
     assert done.returncode == 0 and 'tokens condensed' in (err := done.stderr), err
     assert ('No space left' in err, '301 tok' in err) == ('full' in command, 'head' not in command)
 
-
 def test_a_padded_vocabulary_and_weights_as_other_programs_save_them(sample, model_dir):
     usual = sample('--start=', '--temperature=5').out
 
@@ -152,7 +141,6 @@ def test_a_padded_vocabulary_and_weights_as_other_programs_save_them(sample, mod
            model_args=lambda sizes: {**sizes, 'vocab_size': sizes['vocab_size'] + 40})
     done = sample('--start=', '--temperature=5')
     assert (done.code, done.out) == (0, usual), done.err
-
 
 def test_the_newest_run_that_can_be_used_is_the_default(run, model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'ROOT', str(tmp_path / 'root'))

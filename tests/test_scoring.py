@@ -7,26 +7,21 @@ from torch.nn import functional as F
 from lib import scoring
 from lib.scoring import last_losses, mean_and_error, token_losses
 
-
 def gpt(window=4):
     return make('gpt', block_size=window, dropout=0.5)
-
 
 def toy(window):
     model = make('windowed')
     model.config.block_size = window
     return model
 
-
 def fold(n=4):
     return make(block_size=4 * n, segment_size=n, dropout=0.5)
-
 
 def nats(model, history, target):
     """The loss of one token after a history of its own."""
     with torch.no_grad():
         return F.cross_entropy(model(history[None])[0][0, -1:], target[None]).item()
-
 
 @pytest.mark.parametrize('model, streams, S', [
     (fold(), 3, 20), (make('recurrent'), 3, 20), (make('recurrent'), 16, 15)])  # 12 at least
@@ -40,7 +35,6 @@ def test_a_model_with_a_carry_reads_parallel_streams_and_keeps_it(model, streams
     assert losses.tolist() == pytest.approx(expected, abs=1e-5)
     assert read == sorted(read) and len(read) > 1 and read[-1] >= 60
 
-
 @pytest.mark.parametrize('w, n', [(1, 9), (6, 30), (6, 31), (5, 33), (8, 3), (8, 8)])
 def test_a_window_advances_by_half_its_width(w, n, monkeypatch):
     monkeypatch.setattr(scoring, 'tokens_per_call', lambda model: 20)
@@ -52,7 +46,6 @@ def test_a_window_advances_by_half_its_width(w, n, monkeypatch):
         expected = [nats(model, tokens[start:t + 1], tokens[t + 1])
                     for t, start in enumerate(first)]
         assert losses.tolist() == pytest.approx(expected, abs=1e-5)
-
 
 @pytest.mark.parametrize('T', [5, 8, 11, 12, 15, 20, 40])
 @pytest.mark.parametrize('n', [1, 5])
@@ -66,7 +59,6 @@ def test_last_losses_are_those_with_all_that_a_model_sees_of_the_row(T, n, monke
         torch.testing.assert_close(last_losses(model, rows, n), torch.tensor(expected).double(),
                                    rtol=0, atol=1e-5)
 
-
 @pytest.mark.parametrize('model', [fold(), gpt(), make('recurrent')])
 def test_without_dropout_and_without_the_random_numbers_of_training(model):
     tokens, state = torch.randint(V, (777,)), torch.get_rng_state()
@@ -74,7 +66,6 @@ def test_without_dropout_and_without_the_random_numbers_of_training(model):
     a, b = token_losses(model, tokens), token_losses(model, tokens)
     assert torch.equal(a, b) and model.training and a.shape == (776,)
     assert torch.equal(torch.get_rng_state(), state)
-
 
 def test_the_standard_error_respects_dependent_neighbors():
     independent = torch.randn(20000)

@@ -22,10 +22,8 @@ EVERY = pytest.mark.parametrize('name', CASES)
 EVERY_PATH = pytest.mark.parametrize('name, cached', [
     (name, cached) for name in CASES for cached in (True, False)[name in TOYS:]])
 
-
 def make_case(name):
     return make(**{'segment_size': l, 'block_size': 4 * l, **CASES[name]})
-
 
 def oracle(model, idx):
     """The logits after every token, each from a call on all that the model may see: (B, T, V)."""
@@ -33,7 +31,6 @@ def oracle(model, idx):
         return all_logits(model, idx).detach()
     W, T = model.config.block_size, idx.size(1)
     return torch.cat([model(idx[:, max(0, t - W):t])[0] for t in range(1, T + 1)], 1).detach()
-
 
 def read_in(model, idx, sizes, state):
     """Read idx in pieces of these sizes: the logits after each, and the last state."""
@@ -43,7 +40,6 @@ def read_in(model, idx, sizes, state):
         logits.append(after)
     return torch.stack(logits, dim=1), state
 
-
 @EVERY_PATH
 def test_token_by_token_it_is_the_teacher_forced_forward_pass(name, cached):
     model, idx = make_case(name), tokens(3, 85)
@@ -51,7 +47,6 @@ def test_token_by_token_it_is_the_teacher_forced_forward_pass(name, cached):
     assert_equal(logits, oracle(model, idx))
     assert state.read.tolist() == [85] * 3
     assert_equal(read(model, idx[:, :0], state)[0], logits[:, -1])  # asked again
-
 
 @EVERY_PATH
 def test_any_pieces_give_the_forward_pass(name, cached, monkeypatch):
@@ -64,7 +59,6 @@ def test_any_pieces_give_the_forward_pass(name, cached, monkeypatch):
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         logits, _ = read_in(model, idx, sizes, empty_state(model, 3, cached))
         assert_equal(logits, expected[:, ends - 1])
-
 
 @pytest.mark.parametrize('T', [0, 1, l, 5 * l + 3])
 @EVERY
@@ -82,7 +76,6 @@ def test_what_is_written_is_what_calls_on_the_whole_text_would_write(name, T):
         assert torch.equal(text[:, T:], torch.cat(expected, dim=1))
         assert_equal(state.logits, logits[:, -1])
         assert text.size(1) == T + 25
-
 
 def test_samples_follow_temperature_top_k_top_p_and_the_generator():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
@@ -104,7 +97,6 @@ def test_samples_follow_temperature_top_k_top_p_and_the_generator():
                for seed in (1, 1, 2))
     assert torch.equal(a, b) and (a != c).any() and torch.equal(a[:, :5], idx)
 
-
 @EVERY_PATH
 def test_the_state_and_logits_of_the_caller_are_left_alone(name, cached):
     model, idx = make_case(name), tokens(2, 40)
@@ -115,7 +107,6 @@ def test_the_state_and_logits_of_the_caller_are_left_alone(name, cached):
         assert_equal(vars(state), vars(before))
     read_(model, idx[:, 17:18], state)  # says by its name that it does not
     assert state.read.tolist() == [18, 18] and before.read.tolist() == [17, 17]
-
 
 @EVERY_PATH
 def test_rows_are_picked_reset_and_joined(name, cached):
@@ -132,7 +123,6 @@ def test_rows_are_picked_reset_and_joined(name, cached):
         assert_equal(logits, expected[range(3), [30 + end, end - 1, 30 + end]])
     assert state.read.tolist() == [70, 39, 70]
 
-
 @pytest.mark.parametrize('T', [l - 1, l, 5 * l + 2])
 @EVERY
 def test_saved_and_loaded_it_goes_on_alike_and_keeps_its_size(name, T, tmp_path):
@@ -148,7 +138,6 @@ def test_saved_and_loaded_it_goes_on_alike_and_keeps_its_size(name, T, tmp_path)
     logits, _ = read_in(model, idx[:, T:], [1] * 9, loaded)
     assert_equal(logits, oracle(model, idx)[:, T:])
 
-
 def test_the_past_half_is_computed_once_a_segment():
     """Counted: inside a segment a token costs the products of one token, at its start, where the
     window opens, those of the past half as well, in the last layer its keys and values alone."""
@@ -162,7 +151,6 @@ def test_the_past_half_is_computed_once_a_segment():
         attention = 4 * C * (l + 2 * place + 2)  # which torch counts by its kernel
         past = 0 if place else l * 12 * C * C + 2 * C * l * (l + 1) + l * 2 * C * C
         assert token + 0.8 * past <= counter.get_total_flops() / 2 <= token + attention + past
-
 
 @pytest.mark.parametrize('t', [3, l, 4 * l + 1])
 @pytest.mark.parametrize('sizes', [[6 * l], [1] * 6 * l, [1, 6 * l - 1], [4 * l, 3, 2 * l - 3]])
@@ -178,7 +166,6 @@ def test_a_state_that_is_not_finite_names_the_token(name, cached, sizes, t):
     with pytest.raises(FloatingPointError, match=f'not finite at token {t}$'):
         read_in(model, idx, sizes, empty_state(model, 2, cached))
 
-
 def test_reading_refuses_what_it_cannot_answer():
     model = make(dropout=0.1)
     for mode, rows in ((model.eval, 3), (model.train, 1)):
@@ -190,17 +177,14 @@ def test_reading_refuses_what_it_cannot_answer():
     with pytest.raises(FloatingPointError, match='at token 0'):
         read(model, tokens(1, 2), state)
 
-
 class OtherFold(FoldGPT):  # what a reader may change in forward alone
     def fold(self, x, carry):
         return super().fold(x.sin(), carry)
-
 
 class OtherGPT(GPT):
     def forward(self, idx, targets=None, carry=None):
         logits, loss, carry = super().forward(idx, targets, carry)
         return logits * 1.0001, loss, carry
-
 
 @pytest.mark.parametrize('kind, config', [(OtherFold, FoldConfig), (OtherGPT, GPTConfig)])
 @pytest.mark.parametrize('shaken', [True, False])
@@ -213,10 +197,8 @@ def test_a_model_whose_extend_is_not_its_forward_is_read_without(kind, config, s
     assert model.training is False and new_state(make()).cache is not None
     assert not capsys.readouterr().err
 
-
 def state_with(**items):
     return lambda path, c: torch.save({**c, **items, 'state': {**c['state'], **items}}, path)
-
 
 @pytest.mark.parametrize('spoil, message', [
     (lambda path, c: path.unlink(), 'no state file at'),

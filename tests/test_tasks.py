@@ -18,7 +18,6 @@ FIRST_DIGIT, MARK, ASK, FIRST_NAME = 16, 26, 27, 28  # of these
 close = partial(equal, atol=1e-10)
 train = pytest.fixture(starter)
 
-
 def make_task(name, model_type='', **settings):
     """A Task as train.py makes it, of its defaults and these settings; started, if a type of model
     is named, with a small one in float64."""
@@ -32,7 +31,6 @@ def make_task(name, model_type='', **settings):
         task.start(model, 'cpu', nullcontext())
     return task
 
-
 def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
     fold = make_task('text', data_dir=data_dir, batch_size=4, block_size=16)
     gpt = make_task('text', data_dir=data_dir, batch_size=16, block_size=4, stretch=16)
@@ -40,7 +38,6 @@ def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
         (x, y), others = fold.random_sequences(), gpt.random_sequences()
         assert x.shape == (4, 16) and torch.equal(x[:, 1:].int(), y[:, :-1].int())
         equal([x, y], [tokens.view(4, 16) for tokens in others])
-
 
 @pytest.mark.parametrize('mode', [dict(bptt_segments=9, recompute=True),
                                   dict(gradient_accumulation_steps=2, batch_size=2)])
@@ -67,7 +64,6 @@ def test_a_streams_carry_is_that_of_one_long_forward(train, tmp_path, mode):
     assert [loss for _, loss in records(tmp_path / 'out', 'loss')] == pytest.approx(
         expected.tolist(), abs=1e-5)
 
-
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
 def test_needle_sequences_hold_one_key_and_ask_for_it(data_dir, filler):
     s, T = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE).s, 60
@@ -91,7 +87,6 @@ def test_needle_sequences_hold_one_key_and_ask_for_it(data_dir, filler):
         x, text = test.filling(2, 20, torch.tensor([3, len(test.text) - 5])), test.text
         equal(x, torch.stack((text[3:23], torch.cat((text[-5:], text[:15])))))
         assert not torch.equal(train.text[:50], text[:50])
-
 
 @pytest.mark.parametrize('leave', [0.0, 1.0])
 def test_walkers_read_on_from_where_they_were_and_leave_when_wrong(leave):
@@ -122,7 +117,6 @@ def test_walkers_read_on_from_where_they_were_and_leave_when_wrong(leave):
         before = now
     assert oldest > (0 if leave else 30)
 
-
 def test_the_curriculum_grows_by_the_recall_of_its_hardest_sequences():
     task, found = make_task('needle', 'fold', longest=2, grow_at=0.9), []
     for segments, times in ((0, 50), (1, 21), (1, 1), (2, 50)):
@@ -131,14 +125,12 @@ def test_the_curriculum_grows_by_the_recall_of_its_hardest_sequences():
         found.append((task.stage, task.recall > 0.8))
     assert found == [(1, False), (1, True), (2, False), (2, True)]  # the longest
 
-
 @pytest.mark.parametrize('W', [4, 8, 16])
 def test_a_gpt_is_shown_what_its_window_holds(W):
     task = make_task('needle', 'gpt', block_size=W, grow_at=-1.0)
     loss, tokens = task.backward()
     assert loss.isfinite() and tokens == 64 * max(8, W)
     assert task.walkers is None and task.stage == 1 and task.figures()['walkers'] == 0
-
 
 class Scholar(torch.nn.Module):
     """Reads everything, and answers right where knows(distance); starts: where keys start."""
@@ -163,7 +155,6 @@ class Scholar(torch.nn.Module):
                     self.starts.add((key - 1) % 12)
         return logits, None, None
 
-
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
 def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
     task = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE)
@@ -173,12 +164,10 @@ def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
 
-
 def shown(row):
     """{name: digit} of the pairs in a row of tokens, and the places where they begin."""
     at = [i for i, token in enumerate(row) if token == MARK]
     return {row[i + 2]: row[i + 1] for i in at}, at
-
 
 def test_each_pair_is_shown_once_one_a_segment_at_places_in_turn():
     sequences, found = make_task('pairs', **PAIRS).sequences, set()
@@ -192,7 +181,6 @@ def test_each_pair_is_shown_once_one_a_segment_at_places_in_turn():
         found.add(at[0])
     assert found == set(range(10))
 
-
 def test_pairs_come_as_often_as_told_and_in_the_first_lesson_side_by_side():
     sequences = make_task('pairs', **PAIRS).sequences
     rows = sequences.rows(torch.arange(1, 6).repeat(400))
@@ -204,7 +192,6 @@ def test_pairs_come_as_often_as_told_and_in_the_first_lesson_side_by_side():
     for row in sequences.at_once(sequences.rows(torch.full((20,), 3)), 3).tolist():
         digits, at = shown(row)
         assert len(digits) == 3 and at == [0, 3, 6] and len(row) == 12
-
 
 def test_questions_name_the_pairs_asked_for():
     sequences, places = make_task('pairs', **PAIRS).sequences, [0, 3, 6, 9, 12]
@@ -218,7 +205,6 @@ def test_questions_name_the_pairs_asked_for():
         assert [tuple(asked[i:i + 3]) for i in places] == wanted
         assert {i: target for i, target in enumerate(targets) if target >= 0} == {
             i + 1: digit for i, (_, _, digit) in zip(places, wanted)}
-
 
 def test_pairs_walk_on_with_their_memory():
     task, texts = make_task('pairs', 'fold', **PAIRS, carry='gated', passed_at=-1.0), {}
@@ -246,7 +232,6 @@ def test_pairs_walk_on_with_their_memory():
         assert shown(text.tolist())[0] == dict(zip(order[:count], digits))
     assert len(walkers) == 8 and min(lengths) == 24 and max(lengths) > 72  # some from long before
 
-
 class Keeper(torch.nn.Module):
     """Keeps the last four pairs; of all others the digit is wrong."""
 
@@ -258,7 +243,6 @@ class Keeper(torch.nn.Module):
         self.read = carry.size(1) // 12
         return F.one_hot(torch.tensor(answers), 99).float(), torch.zeros(()), None
 
-
 def test_capacity_is_that_of_the_model():
     p, saved = SimpleNamespace(most=6, sequences=55, wait=3), vars(make_task('pairs', **PAIRS).s)
     found = pairs.probe(keeper := Keeper(), {'config': saved}, p, 'cpu')
@@ -266,7 +250,6 @@ def test_capacity_is_that_of_the_model():
         {'x': n, 'value': pytest.approx(min(1, 4 / n)), 'n': 55 * n} for n in range(1, 7)]
     assert found['notes'][5].endswith(': 0.000 0.000 1.000 1.000 1.000 1.000')
     assert found['metrics']['most pairs at 0.9']['value'] == 4 and keeper.read == 6 + 3
-
 
 def test_pairs_start_from_weights_that_compare_names():
     usual, matched = (make_task('pairs', 'fold', matched=matched, place_scale=3).model.transformer
@@ -277,7 +260,6 @@ def test_pairs_start_from_weights_that_compare_names():
         close(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
     close(matched.wte.weight, 8 * usual.wte.weight)
     close(matched.wpe.weight, 3 * usual.wpe.weight)
-
 
 @pytest.mark.parametrize('name, settings, words', [
     ('text', dict(eval_tokens=1), 'eval_tokens=1'), ('text', dict(stretch=24), 'stretch=24'),

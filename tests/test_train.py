@@ -19,18 +19,15 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
     'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
                   segments=2, questions=1, passed_at=-1.0)}
 
-
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
          'model_args', 'model_type', 'task', 'tokenizer', 'data'}  # texts, that stay anyhow
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)  # of values in values, too
-
 
 def flags(out_dir, data_dir='', task='text', **settings):
     """The command line of a run of train.py on any task, a second long."""
     own = {} if task == 'pairs' else dict(data_dir=data_dir)
     values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK[task], **settings}
     return [f'--{key}={value}' for key, value in values.items()]
-
 
 def starter(run, tmp_path, data_dir, monkeypatch):
     """train(**settings): such a run here, without its picture and its FLOPs: they take as long."""
@@ -40,21 +37,16 @@ def starter(run, tmp_path, data_dir, monkeypatch):
         'train.py', *flags(out_dir, **{'data_dir': data_dir, 'task': task,
                                        'model_type': model_type, **settings}))
 
-
 train = pytest.fixture(starter)
-
 
 def load(path):
     return torch.load(path, weights_only=True)  # nothing in a checkpoint needs trust
 
-
 def lines(out_dir):
     return [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
 
-
 def records(out_dir, key):
     return [(line['iter'], line[key]) for line in lines(out_dir) if key in line]
-
 
 def assert_same_runs(a, b):
     """Weights, optimizer, random numbers, state of the task and log, bit for bit; not the speed."""
@@ -66,7 +58,6 @@ def assert_same_runs(a, b):
              if 'event' not in part] for parts in both]
     equal(*both)
 
-
 def watch(monkeypatch, act):
     """act(optimizer, n) before the n-th update of what follows."""
     step, steps = torch.optim.AdamW.step, []
@@ -76,7 +67,6 @@ def watch(monkeypatch, act):
         act(optimizer, len(steps))
         return step(optimizer, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, 'step', watched)
-
 
 @pytest.mark.parametrize('task, model_type', [('text', 'fold'), ('text', 'gpt'), ('needle', 'fold'),
                                               ('needle', 'gpt'), ('pairs', 'fold')])
@@ -89,14 +79,12 @@ def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
     equal(*(load(tmp_path / name / 'last.pt')['model'] for name in 'ab'))
     assert task != 'text' or sum(dict(a[-5:]).values()) < sum(dict(a[:5]).values())
 
-
 @pytest.mark.parametrize('n', [0, 1, 7])
 def test_exactly_max_iters_updates_and_a_final_evaluation(train, tmp_path, n):
     assert train(max_iters=n, eval_interval=5).code == 0
     states = load(tmp_path / 'out' / 'last.pt')['optimizer']['state'].values()
     assert {int(state['step']) for state in states} == ({n} if n else set())
     assert [*dict(records(tmp_path / 'out', 'val_loss'))] == ([5, 7] if n == 7 else [n])
-
 
 def test_log_lines_are_means_of_their_interval(train, tmp_path):
     for interval in (1, 5):
@@ -105,7 +93,6 @@ def test_log_lines_are_means_of_their_interval(train, tmp_path):
     assert mean == {it: pytest.approx(sum(each[it - n] for n in range(5)) / 5, abs=1e-5)
                     for it in (5, 10, 15, 20)}
 
-
 @pytest.mark.parametrize('stream', [False, True])
 def test_accumulated_micro_batches_equal_one_large_batch(train, tmp_path, stream):
     settings = dict(dropout=0.0, max_iters=12, stream=stream)
@@ -113,7 +100,6 @@ def test_accumulated_micro_batches_equal_one_large_batch(train, tmp_path, stream
     train(out_dir=tmp_path / 'b', batch_size=2, gradient_accumulation_steps=4, **settings)
     a, b = (dict(records(tmp_path / name, 'loss')) for name in 'ab')
     assert a == pytest.approx(b, abs=1e-4)
-
 
 def test_every_update_has_its_learning_rate_and_its_clipped_gradient(train, tmp_path, monkeypatch):
     seen = []
@@ -132,7 +118,6 @@ def test_every_update_has_its_learning_rate_and_its_clipped_gradient(train, tmp_
     train(overwrite=True, decay_from=1.0, learning_rate=0.01, grad_clip=0.0)
     assert {lr for lr, _ in seen[2:]} == {0.01} and max(norm for _, norm in seen) > 0.1
 
-
 def test_best_and_last_are_kept_apart(train, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 5.0, 4.0])
     monkeypatch.setattr('tasks.text.token_losses',
@@ -141,7 +126,6 @@ def test_best_and_last_are_kept_apart(train, tmp_path, monkeypatch):
     best, last = (load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'last.pt'))
     assert (best['iter_num'], best['run']['val']['val_loss'], best['best_val_loss']) == (2, 2, 2)
     assert (last['iter_num'], last['run']['val']['val_loss'], last['best_val_loss']) == (4, 4, 2)
-
 
 @pytest.mark.parametrize('task', OF_TASK)
 def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_path, task):
@@ -156,7 +140,6 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
     for key, name, n in (('loss', 'training loss', 20), ('val_loss', 'validation loss', 2)):
         points = [{'x': line['tokens'], 'value': line[key]} for line in log if key in line]
         assert record['curves'][name]['points'] == points and len(points) == n
-
 
 @pytest.mark.parametrize('cause, problem', [
     (None, 'training loss is nan'), (1e39, 'a weight is'), (1e38, 'validation loss is')])
@@ -174,7 +157,6 @@ def test_what_is_not_finite_stops_and_is_not_saved(train, tmp_path, monkeypatch,
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == best
     assert 'validation' in problem or (tmp_path / 'out' / 'last.pt').read_bytes() == last
 
-
 def test_a_run_is_not_overwritten_unless_told(train, tmp_path, monkeypatch):
     train(seed=1)
     before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
@@ -186,7 +168,6 @@ def test_a_run_is_not_overwritten_unless_told(train, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'.lock', 'last.pt', 'log.jsonl'}
     saved = load(tmp_path / 'out' / 'last.pt')
     assert (saved['config']['seed'], saved['iter_num']) == (2, 10)  # saved before it
-
 
 @pytest.mark.parametrize('source, target, window', [
     ('gpt', 'fold', 4), ('fold', 'gpt', 4), ('gpt', 'gpt', 12), ('nanogpt', 'fold', 4)])
@@ -206,7 +187,6 @@ def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, ta
     b, wpe = last['model'], 'transformer.wpe.weight'
     equal({**a, wpe: a[wpe][:window]}, b)
     assert [last['config'][key] for key in ('n_embd', 'n_layer', 'bias')] == [16, 2, False]
-
 
 def test_without_network_another_data_set_is_used_and_named(train, tmp_path, monkeypatch, data_dir):
     """The one that is missing is prepared, once."""
