@@ -100,7 +100,6 @@ def attend(q, k, v, dropout=0.0):
 
 class LayerNorm(nn.LayerNorm):
     """torch's, called with less ado: one token at a time, that is a few per cent of the time."""
-
     def forward(self, x):
         return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
