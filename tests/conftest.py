@@ -1,6 +1,7 @@
 """What all tests share: a fresh random state, scripts run as from the command line, small data."""
 import os
 import runpy
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,11 @@ TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', '
 
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
-    """Random numbers, threads and who multiplies as in a new process, whatever ran before."""
+    """Random numbers, threads, signals and who multiplies as in a new process, whatever ran before,
+    and whatever started the tests (in the background of a shell, SIGINT is ignored)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.backends.mkldnn.matmul.fp32_precision = 'none'
