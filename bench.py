@@ -217,8 +217,8 @@ def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
     one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
-    at_least(s, threads=0, window_tokens=1, rounds=1, batch_size=1, bptt_segments=1, starts=1,
-             steps=1)
+    at_least(s, memory_limit_gb=0.0, threads=0, window_tokens=1, rounds=1, batch_size=1,
+             bptt_segments=1, starts=1, steps=1)
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
     with torch.device('meta'):  # models without memory
         for job in product(s.sides.split(','), s.sizes.split(','), lengths):

@@ -177,7 +177,8 @@ def _check_request(dataset, file, tokenizer, newlines):
             "being shakespeare, python, or of letters, digits, '.', '_' and '-'")
     require(tokenizer in ('char', 'gpt2'), f'tokenizer must be char or gpt2, not {tokenizer!r}')
     require(newlines in ('keep', 'unix'), f'newlines must be keep or unix, not {newlines!r}')
-    require(dataset in ('shakespeare', 'python') or file, f'{dataset!r} needs a text: --file=PATH')
+    require(dataset in ('shakespeare', 'python') or file, f'{dataset!r} needs a text: python '
+            f'prepare.py {dataset} --file=PATH')
     require(dataset != 'python' or not file, "'python' takes no --file: choose another name")
 
 def _read(file):

@@ -105,6 +105,8 @@ class Task(MemoryTask):
 
     def __init__(self, s):
         at_least(s, symbols=1, key_length=1, longest=1, first=1, probe_distance=0)
+        require(max(s.grow_at, s.leave) <= 1,
+                f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
         one_of(s, filler=('symbols', 'text'))
         require(s.key_length < s.segment_size, f'key_length={s.key_length}: a key and its question '
                 f'must fit into two segments of {s.segment_size}')
