@@ -11,15 +11,24 @@ segment]; its output gives the logits and is carried on. All other code calls wh
     X^s_{N,i}         `current` in GlobalBlock           segment s after i global layers      eq. 17
     X^{s-1}_{N,N+i}   `past` in GlobalBlock              segment s-1, i global layers later   eq. 13
     X^s_{N,N}         carry                              output of s: logits and carry        eq. 15
+
+The defaults are the paper's. `position`, `local`, `past` and `carry` of the configs change one
+thing each.
 """
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 FUSED_FROM = 65  # keys from which torch's fused attention is used on a CPU; on a GPU it always is
+
+def one_of(config, **choices):
+    for key, known in choices.items():
+        if getattr(config, key) not in known:
+            raise ValueError(f'{key} must be one of {known}, not {getattr(config, key)!r}')
 
 @dataclass
 class GPTConfig:
@@ -31,10 +40,16 @@ class GPTConfig:
     n_embd: int = 768       # channels
     dropout: float = 0.0    # share of activations dropped in training
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
+    position: str = 'learned'  # 'learned', an embedding of each place, or 'rotary': queries, keys
+    rotary_base: float = 10000.0  # of rotary positions: the slowest turns once in 2 pi times so far
+    window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
+        one_of(self, position=('learned', 'rotary'))
+        if self.position == 'rotary' and self.n_embd // self.n_head % 2:
+            raise ValueError("position='rotary' takes heads of an even size: n_embd / n_head")
 
 @dataclass
 class FoldConfig(GPTConfig):
@@ -43,60 +58,119 @@ class FoldConfig(GPTConfig):
     segment_size: int = 12  # l, tokens of a segment; the global window is twice as wide
     n_local: int = 6        # local layers
     n_global: int = 6       # global layers
+    local: str = 'segment'  # what local layers see: their 'segment', or l tokens, 'sliding'
+    past: str = 'evolving'  # the past half: 'evolving', or 'frozen', as it came; or no recurrence:
+                            # 'local', X^{s-1}_{N,0}, or 'none'
     carry: str = 'plain'    # 'plain', the paper's, or 'gated', mixed with the carry before
 
     def __post_init__(self):
         super().__post_init__()
         self.n_layer = self.n_local + self.n_global
-        if self.carry not in ('plain', 'gated'):
-            raise ValueError(f"carry must be 'plain' or 'gated', not {self.carry!r}")
+        self.recurrent = self.past in ('evolving', 'frozen')
+        one_of(self, local=('segment', 'sliding'), carry=('plain', 'gated'),
+               past=('evolving', 'frozen', 'local', 'none'))
         if self.block_size % self.segment_size:
             raise ValueError(f'block_size must be a multiple of segment_size={self.segment_size}')
+        if self.window:
+            raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
+        if self.carry == 'gated' and not self.recurrent:
+            raise ValueError(f"carry='gated' has no carry to mix with past={self.past!r}")
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention: the softmax of eq. 6, and so of eq. 16 and 17."""
 
-    def __init__(self, config):
+    def __init__(self, config, window=0):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.window = config.n_head, config.dropout, window
         self.head_size = config.n_embd // config.n_head
+        self.rotary_base = config.rotary_base if config.position == 'rotary' else 0
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # W_Q, W_K, W_V
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, before=None, cache=None):
-        """x (B, T, C) -> (B, T, C): what each position gathers from those up to it.
+        """x (B, T, C) -> (B, T, C): what each position gathers from those up to it, or of them from
+        the last `window`, itself included; and the keys and values of x, (B, 2, H, T, C/H).
 
-        before (B, S, C): states that stand before x, are attended to, and ask nothing themselves.
-        cache (B, 2, H, P + S + T, C/H): keys and values of P more; these S + T are filled in.
+        before (B, 2, H, P, C/H): keys and values that stand before those of x.
+        cache (B, 2, H, S, C/H): room for all that are seen; the last P + T are filled in.
         """
         qkv = self.heads(self.c_attn(x))  # (B, 3, H, T, C/H)
-        q, kv = qkv[:, 0], qkv[:, 1:]
-        if before is not None:
-            C, weight, bias = x.size(-1), self.c_attn.weight, self.c_attn.bias
-            before = F.linear(before, weight[C:], None if bias is None else bias[C:])
-            kv = torch.cat((self.heads(before), kv), dim=3)
-        if cache is not None:
-            cache[..., -kv.size(3):, :] = kv
-            kv = cache
-        y = attend(q, *kv.unbind(1), self.dropout if self.training else 0.0)  # (B, H, T, C/H)
-        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+        q, own = qkv[:, 0], qkv[:, 1:]
+        k, v = (own if before is None else torch.cat((before, own), dim=3)).unbind(1)
+        if self.window and cache is None:
+            y = self.slide(q, k, v)
+        else:
+            n, S = k.size(2), k.size(2) if cache is None else cache.size(3)
+            q, k = self.turn(q, S - x.size(1)), self.turn(k, S - n)
+            if cache is not None:
+                cache[:, 0, :, S - n:], cache[:, 1, :, S - n:] = k, v
+                k, v = cache.unbind(1)
+            y = self.attend(q, k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape)), own
+
+    def keys_and_values(self, x):
+        """Of states x (B, P, C) that ask nothing themselves: (B, 2, H, P, C/H)."""
+        C, weight, bias = x.size(-1), self.c_attn.weight, self.c_attn.bias
+        return self.heads(F.linear(x, weight[C:], None if bias is None else bias[C:]))
 
     def heads(self, x):
         """Queries, keys, values x (B, T, n*C) -> (B, n, H, T, C/H)."""
         B, T, _ = x.shape
         return x.view(B, T, -1, self.n_head, self.head_size).permute(0, 2, 3, 1, 4)
 
-def attend(q, k, v, dropout=0.0):
-    """Softmax attention of q (B, H, n, C/H) to k, v (B, H, S, C/H), of which the last query sees
-    all, the one before it one less, and so on."""
-    (B, H, n, D), S = q.shape, k.size(2)
-    if n == 1 or S >= FUSED_FROM or q.is_cuda:
-        mask = q.new_ones(n, S, dtype=torch.bool).tril(S - n) if 1 < n < S else None
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < n == S)
-    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
-    future = q.new_full((n, S), -math.inf).triu(S - n + 1)
-    weights = torch.baddbmm(future, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (B*H, n, S)
-    return (F.dropout(weights, dropout) @ v).view(B, H, n, D)
+    def turn(self, x, place):
+        """Queries or keys (..., n, C/H), turned by their places in the window, `place` and on."""
+        if not self.rotary_base:
+            return x
+        D, end = self.head_size, place + x.size(-2)
+        cos, sin = rotary(end, D, self.rotary_base, x.dtype, x.device)[:, place:]
+        return torch.addcmul(x * cos, x.roll(D // 2, dims=-1), sin)
+
+    def slide(self, q, k, v):
+        """Attention of q (B, H, T, C/H), block by block of l = `window`, each in a window of two
+        blocks. k, v (B, H, T, C/H), or (B, H, l + T, C/H) with those of a block before."""
+        T, l = q.size(2), self.window
+        if k.size(2) == T:  # nothing is before: the first block is alone
+            first = self.attend(*(self.turn(x[:, :, :l], 0) for x in (q, k)), v[:, :, :l])
+            return first if T <= l else torch.cat((first, self.slide(q[:, :, l:], k, v)), dim=2)
+        q, k, v = (F.pad(x, (0, 0, 0, -T % l)) for x in (q, k, v))
+        q = self.turn(q.unflatten(2, (-1, l)), l).flatten(0, 1)  # (B*H, N_s, l, C/H)
+        k, v = (x.unfold(2, 2 * l, l).mT.flatten(0, 1) for x in (k, v))  # (B*H, N_s, 2l, C/H)
+        y = self.attend(q, self.turn(k, 0), v)
+        return y.flatten(1, 2)[:, :T].unflatten(0, (-1, self.n_head))
+
+    def attend(self, q, k, v):
+        """Softmax attention of q (A, B, n, D) to k, v (A, B, S, D): the last query sees the last
+        `window` of them, or all, the one before it those one earlier, and so on."""
+        (A, B, n, D), p = q.shape, self.dropout if self.training else 0.0
+        k, v = (x[:, :, -(self.window + n - 1):] if self.window else x for x in (k, v))
+        S = k.size(2)
+        mask = band(n, S, self.window or S, q.dtype, q.device)
+        if n == 1 or S >= FUSED_FROM or q.is_cuda:
+            causal = 1 < n == S <= (self.window or S)
+            mask = None if causal or n == 1 else mask
+            return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
+        q, k, v = (x.reshape(A * B, -1, D) for x in (q, k, v))
+        weights = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (A*B, n, S)
+        return (F.dropout(weights, p) @ v).view(A, B, n, D)
+
+@lru_cache
+@torch.inference_mode(False)  # what is kept serves training, too
+def band(n, S, window, dtype, device):
+    """0 where a query sees a key, else -inf: n queries, the last at the last of S keys, (n, S)."""
+    back = torch.arange(S - n, S)[:, None] - torch.arange(S)  # from the query to the key
+    unseen = (back < 0) | (back >= window)
+    return torch.zeros(n, S, dtype=dtype).masked_fill(unseen, -math.inf).to(device)
+
+@lru_cache
+@torch.inference_mode(False)
+def rotary(places, D, base, dtype, device):
+    """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) for
+    heads of D channels, of which i and i + D/2 are turned together: (2, places, D)."""
+    speeds = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)  # radians a place
+    angles = torch.arange(places)[:, None] * speeds.repeat(2)
+    signs = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)
+    return torch.stack((angles.cos(), angles.sin() * signs)).to(device, dtype)
 
 class LayerNorm(nn.LayerNorm):
     """torch's, called with less ado: one token at a time, that is a few per cent of the time."""
@@ -117,25 +191,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """GPT-2's block, one step in time (eq. 5, 6): attention and feed-forward on residuals."""
 
-    def __init__(self, config):
+    def __init__(self, config, window=0):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, window)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, before=None, cache=None):
-        """x (B, T, C) -> (B, T, C), one layer on; before and cache as in the attention."""
-        before = None if before is None else self.ln_1(before)
-        x = x + self.dropped(self.attn(self.ln_1(x), before, cache))
-        return x + self.dropped(self.mlp(self.ln_2(x)))
-
-    def dropped(self, x):
-        return F.dropout(x, self.dropout) if self.training else x
+        """x (B, T, C) -> (B, T, C), one layer on, and its keys and values, as in the attention."""
+        y, own = self.attn(self.ln_1(x), before, cache)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.ln_2(x))), own
 
 class LocalBlock(Block):
-    """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment."""
+    """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment, or
+    the whole sequence if its window slides."""
 
 class GlobalBlock(Block):
     """Layer i of the global transformer: both halves of the window one step on in time."""
@@ -145,34 +217,30 @@ class GlobalBlock(Block):
 
         past None: there is none, or it is in the cache. frozen: it is read alone, as it came.
         """
-        if past is None:
-            return None, super().forward(current, cache=cache)
-        if frozen:
-            return past, super().forward(current, past, cache)
+        if past is None or frozen:
+            before = None if past is None else self.attn.keys_and_values(self.ln_1(past))
+            return past, super().forward(current, before, cache)[0]
         l = past.size(1)
-        window = super().forward(torch.cat((past, current), dim=1), cache=cache)  # (B, l + n, C)
+        window, _ = super().forward(torch.cat((past, current), dim=1), cache=cache)  # (B, l + n, C)
         past = window[:, :l]  # eq. 13: under the causal mask it has attended within itself
         current = window[:, l:]  # eq. 17: to the past half and, causally, to itself (eq. 14)
         return past, current
 
-def through(blocks, x, caches=None):
-    """x (B, T, C) -> (B, T, C) after all of the blocks, each with its cache if there are some."""
-    for block, cache in zip(blocks, caches or [None] * len(blocks)):
-        x = block(x, cache=cache)
-    return x
-
 class GPT(nn.Module):
-    """The baseline: `logits, loss, carry = model(idx, targets)`, with None for a carry."""
-    unit = 1  # tokens of a recurrence step
+    """The baseline: `logits, loss, carry = model(idx, targets)`, with None for a carry, or, if its
+    window slides, with the keys and values of the last `unit` tokens."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        blocks, places = self.layout()
+        self.unit = config.window or 1  # tokens of a recurrence step
+        blocks, places = self.layout(config)
+        learned = config.position == 'learned'
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(places, config.n_embd),
-            h=nn.ModuleList(block(config) for block in blocks),
+            **(dict(wpe=nn.Embedding(places, config.n_embd)) if learned else {}),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(blocks),
             ln_f=LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
@@ -183,26 +251,42 @@ class GPT(nn.Module):
                 residual = name.endswith('c_proj.weight')
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def layout(self):
-        """The kinds of the blocks, and the number of places that have a position embedding."""
-        return [Block] * self.config.n_layer, self.config.block_size
+    def layout(self, config):
+        """The blocks, and the number of places that have a position embedding, if it is learned."""
+        blocks = [Block(config, config.window) for _ in range(config.n_layer)]
+        return blocks, config.window or config.block_size
 
     def forward(self, idx, targets=None, carry=None):
-        """idx, targets (B, T) -> logits (B, T, V) of the next tokens, mean loss in nats, None.
+        """idx, targets (B, T) -> logits (B, T, V) of the next tokens, mean loss in nats, carry.
 
         Targets of -1 are left out. Without targets the loss is None, and the logits are those of
-        the last position alone, (B, 1, V). Raises ValueError if T is not in 1..block_size.
+        the last position alone, (B, 1, V). Raises ValueError if T is not in 1..block_size, which
+        is no limit where a window slides, or if a carry is not of a whole segment.
         """
-        T, W = idx.size(1), self.config.block_size
-        if not 1 <= T <= W:
-            raise ValueError(f'block_size={W}: the model cannot read {T} tokens at once')
-        return *self.head(through(self.transformer.h, self.embed(idx)), targets), None
+        T, most, window = idx.size(1), self.config.block_size, self.config.window
+        if T < 1 or T > most and not window or carry is not None and carry.size(4) != window:
+            raise ValueError(f'block_size={most}: the model cannot read {T} tokens at once, or '
+                             f'the carry is not of a whole segment')
+        x, carry = self.through(self.transformer.h, self.embed(idx), carry)
+        return *self.head(x, targets), carry
 
     def embed(self, idx, place=0):
         """Token plus position embedding, from `place` on: idx (B, T) -> (B, T, C)."""
-        positions = self.transformer.wpe.weight[place:place + idx.size(1)]
-        x = self.transformer.wte(idx) + positions
-        return F.dropout(x, self.config.dropout) if self.training else x
+        x = self.transformer.wte(idx)
+        if self.config.position == 'learned':
+            wpe, end = self.transformer.wpe.weight, place + idx.size(1)
+            x = x + wpe.repeat(-(-end // len(wpe)), 1)[place:end]  # each segment anew
+        return self.transformer.drop(x)
+
+    def through(self, blocks, x, kept=None, cache=None):
+        """x (B, T, C) -> (B, T, C) after the blocks, and, if their window slides, their keys and
+        values of the last segment, (B, n, 2, H, l, C/H); kept: those of the segment before x."""
+        new, window = [], blocks[0].attn.window if blocks else 0
+        for i, block in enumerate(blocks):
+            before = None if kept is None else kept[:, i]
+            x, own = block(x, before, None if cache is None else cache[:, i])
+            new += own.split(window or x.size(1), dim=3)[-1:]
+        return x, torch.stack(new, dim=1) if window else None
 
     def head(self, x, targets=None):
         """Final layer norm, output matrix, cross entropy (eq. 15): x (B, T, C) -> logits, loss."""
@@ -212,19 +296,30 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, B):
-        """Room for keys and values of a whole window: (B, n_layer, 2, H, block_size, C/H)."""
-        return self.new_caches(B, self.config.n_layer, self.config.block_size)
+        """Room for the keys and values of a whole window: (B, n_layer, 2, H, S, C/H)."""
+        places = 2 * self.config.window or self.config.block_size
+        return self.new_caches(B, self.config.n_layer, places)
 
     def new_caches(self, B, n_layer, places):
         H, D = self.config.n_head, self.config.n_embd // self.config.n_head
         return self.lm_head.weight.new_zeros(B, n_layer, 2, H, places, D)
 
     def extend(self, idx, place, carry, cache, first):
-        """The next tokens of a window, idx (B, n) from `place` on, through the cache, which is
-        filled in: logits (B, V) of the token that follows, and None for a carry."""
-        caches = cache[..., :place + idx.size(1), :].unbind(1)
-        x = through(self.transformer.h, self.embed(idx, place), caches)
-        return self.head(x)[0][:, -1], None
+        """The next tokens of a window or open segment, idx (B, n) from `place` on, through the
+        cache, which is filled in: logits (B, V) of the token that follows, and the carry, in place.
+        first: no segment is before."""
+        x = self.onward(self.transformer.h, self.embed(idx, place), place, carry, cache, first)
+        return self.head(x)[0][:, -1], carry
+
+    def onward(self, blocks, x, place, kept, cache, first):
+        """through() for the next tokens of an open segment; kept and the cache change in place."""
+        end = place + x.size(1)
+        if kept is None:
+            return self.through(blocks, x, cache=cache[..., :end, :])[0]
+        l, before = kept.size(4), None if first or place else kept
+        x, new = self.through(blocks, x, before, cache[..., l if first else 0:l + end, :])
+        kept[..., place:end, :] = new
+        return x
 
 class FoldGPT(GPT):
     """The folded model: parameters of a GPT with a window of one segment, a gate if it is gated."""
@@ -236,42 +331,62 @@ class FoldGPT(GPT):
             self.carry_gate = nn.Linear(2 * config.n_embd, config.n_embd)
             nn.init.ones_(self.carry_gate.bias)  # to begin with it keeps more than it takes
 
-    def layout(self):
-        local, glob = [LocalBlock] * self.config.n_local, [GlobalBlock] * self.config.n_global
-        return local + glob, self.config.segment_size
+    def layout(self, config):
+        window = config.segment_size if config.local == 'sliding' else 0
+        local = [LocalBlock(config, window) for _ in range(config.n_local)]
+        return local + [GlobalBlock(config) for _ in range(config.n_global)], config.segment_size
 
     def forward(self, idx, targets=None, carry=None):
         """As GPT's, for any T >= 1 from the start of a segment on; the last segment may be short.
         The carry (B, l, C) is what the call on the tokens before returned, X^s_{N,N} of its last
-        segment; None starts a sequence. Raises ValueError if it is not of a whole segment."""
+        segment, with what through() keeps if local layers slide: (carry, kept); None starts a
+        sequence. Raises ValueError if it is not of a whole segment."""
+        carry, kept = carry if isinstance(carry, tuple) else (carry, None)
         shape = len(idx), self.config.segment_size, self.config.n_embd
         if idx.size(1) < 1 or carry is not None and carry.shape != shape:
             raise ValueError(f'a fold takes 1 token or more, and the carry of a segment, {shape}')
-        x, carry = self.fold(self.local(idx), carry)
-        return *self.head(x, targets), carry
+        x, kept = self.local(idx, kept)
+        x, carry = self.fold(x, carry)
+        return *self.head(x, targets), carry if kept is None else (carry, kept)
 
-    def local(self, idx):
-        """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C)."""
-        (B, T), l = idx.shape, self.config.segment_size
-        segments = F.pad(idx, (0, -T % l)).view(-1, l)  # (B*N_s, l); the padding comes last
-        x = through(self.transformer.h[:self.config.n_local], self.embed(segments))  # eq. 16
-        return x.view(B, -1, x.size(-1))[:, :T]  # (B*N_s, l, C) -> (B, T, C)
+    def local(self, idx, kept=None):
+        """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
+        x, blocks = self.embed(idx), self.transformer.h[:self.config.n_local]
+        if self.config.local == 'sliding':
+            return self.through(blocks, x, kept)
+        (B, T, C), l = x.shape, self.config.segment_size
+        segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
+        x, _ = self.through(blocks, segments)  # eq. 16
+        return x.view(B, -1, C)[:, :T], None
 
     def fold(self, x, carry):
         """The segment-carry loop: X^s_{N,0} -> X^s_{N,N} for all s (B, T, C), and the carry."""
-        outputs = []
-        for x_s in x.split(self.config.segment_size, dim=1):  # s = 1, ..., N_s
+        segments, outputs = x.split(self.config.segment_size, dim=1), []
+        if not self.config.recurrent:
+            return self.at_once(x, carry), segments[-1]
+        for x_s in segments:  # s = 1, ..., N_s
             carry = self.carried(carry, self.globally(carry, x_s))
             outputs.append(carry)
         return torch.cat(outputs, dim=1), carry
 
+    def at_once(self, x, past):
+        """fold() without recurrence, where no segment waits for another: the past half, if there is
+        one, is X^{s-1}_{N,0}."""
+        (B, T, C), l = x.shape, self.config.segment_size
+        first = self.globally(past, x[:, :l])
+        segments = F.pad(x, (0, 0, 0, -T % l)).view(B, -1, l, C)  # (B, N_s, l, C)
+        pairs = (some.flatten(0, 1) for some in (segments[:, :-1], segments[:, 1:]))
+        rest = self.globally(*pairs).view(B, -1, C) if T > l else x[:, :0]
+        return torch.cat((first, rest), dim=1)[:, :T]
+
     def globally(self, past, current, caches=None):
         """The global transformer: X^{s-1}_{N,N} (B, l, C), X^s_{N,0} (B, n, C) -> X^s_{N,N}."""
-        *blocks, last_block = list(self.transformer.h)[self.config.n_local:]
-        *caches, last_cache = caches or [None] * self.config.n_global
-        for block, cache in zip(blocks, caches):
-            past, current = block(past, current, cache)  # eq. 13 and 17
-        return last_block(past, current, last_cache, frozen=True)[1]  # nobody reads its past half
+        past = None if self.config.past == 'none' else past
+        for i, block in enumerate(self.transformer.h[self.config.n_local:], 1):
+            frozen = self.config.past != 'evolving' or i == self.config.n_global  # read no further
+            cache = None if caches is None else caches[:, i - 1]
+            past, current = block(past, current, cache, frozen)  # eq. 13 and 17
+        return current
 
     def carried(self, old, new):
         """The output of a segment, new (B, n, C), as it goes on: mixed with the carry before it if
@@ -283,18 +398,22 @@ class FoldGPT(GPT):
         return g * old + (1 - g) * new
 
     def new_cache(self, B):
-        """Room for keys and values: (B, n_local, 2, H, l, C/H), (B, n_global, 2, H, 2l, C/H)."""
+        """Room for keys and values: (B, n_local, 2, H, l, C/H), of 2l places if local layers slide,
+        and (B, n_global, 2, H, 2l, C/H)."""
         c, l = self.config, self.config.segment_size
-        return self.new_caches(B, c.n_local, l), self.new_caches(B, c.n_global, 2 * l)
+        local = self.new_caches(B, c.n_local, 2 * l if c.local == 'sliding' else l)
+        return local, self.new_caches(B, c.n_global, 2 * l)
 
     def extend(self, idx, place, carry, cache, first):
-        """The next tokens of an open segment, idx (B, n) from `place` on, through its caches, the
-        past half's at place 0: logits (B, V) of the token that follows, and the carry (B, l, C), in
-        place: X^s_{N,N} up to there, X^{s-1}_{N,N} beyond. first: no segment is before."""
-        (local, window), l, end = cache, self.config.segment_size, place + idx.size(1)
-        blocks = list(self.transformer.h)[:self.config.n_local]
-        x = through(blocks, self.embed(idx, place), local[..., :end, :].unbind(1))
-        past = None if first or place else carry
-        x = self.globally(past, x, window[..., l if first else 0:l + end, :].unbind(1))
-        x = carry[:, place:end] = self.carried(None if first else carry[:, place:], x)
-        return self.head(x)[0][:, -1], carry
+        """As GPT's, of an open segment: the carry is the one of this segment up to the last token,
+        and of the segment before beyond."""
+        old, kept = carry if isinstance(carry, tuple) else (carry, None)
+        l, end = self.config.segment_size, place + idx.size(1)
+        blocks = self.transformer.h[:self.config.n_local]
+        x = self.onward(blocks, self.embed(idx, place), place, kept, cache[0], first)
+        past = None if first or place else old
+        begin = l if first or self.config.past == 'none' else 0
+        output = self.globally(past, x, cache[1][..., begin:l + end, :])
+        output = self.carried(None if first else old[:, place:], output)
+        old[:, place:end] = output if self.config.recurrent else x
+        return self.head(output)[0][:, -1], carry

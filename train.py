@@ -46,8 +46,13 @@ block_size = 192            # L, tokens of a training sequence; the window of a 
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold
 n_global = 2                # global layers of a fold
+local = 'segment'           # local layers see their 'segment', or, 'sliding', the last l tokens
+past = 'evolving'           # past half: 'evolving', 'frozen'; without recurrence: 'local', 'none'
 carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the one before
 n_layer = 4                 # layers of a GPT
+window = 0                  # tokens that a layer of a GPT sees, sliding; 0 is the whole block
+position = 'learned'        # 'learned', an embedding of each place, or 'rotary'
+rotary_base = 10000.0       # of rotary positions
 n_head = 4                  # attention heads
 n_embd = 128                # channels
 dropout = 0.0               # share of activations dropped in training
@@ -80,8 +85,8 @@ threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
 # of a resumed run: what stays as it was, and what is of this call alone
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'block_size', 'segment_size', 'n_local',
-         'n_global', 'carry', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols',
-         'key_length', 'names')
+         'n_global', 'local', 'past', 'carry', 'n_layer', 'window', 'position', 'rotary_base',
+         'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols', 'key_length', 'names')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):
@@ -245,7 +250,8 @@ if s.init_from == 'scratch':
 elif s.init_from == 'resume':
     model = ckpt.load_model(checkpoint)
 else:
-    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'carry', 'dropout')
+    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'window',
+           'dropout')
     sizes = {key: getattr(s, key) for key in own}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in sizes_of(model).items()

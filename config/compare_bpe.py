@@ -15,7 +15,7 @@ runs = {
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=64, stretch=96),
     'fold, gated carry': dict(carry='gated'),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=32, stretch=96),
-    'fold, carry dropped': dict(model_type='fold_dropped'),
+    'fold, carry dropped': dict(past='none'),
 }
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 96'

@@ -15,7 +15,7 @@ runs = {
     # windows are cut from stretches of 384 tokens: every run sees the same text in the same order
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=256, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=128, stretch=384),
-    'fold, carry dropped': dict(model_type='fold_dropped'),
+    'fold, carry dropped': dict(past='none'),
 }
 same_window = 'GPT, window 12'
 full_window = 'GPT, window 384'

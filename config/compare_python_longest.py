@@ -15,7 +15,7 @@ runs = {
     'GPT, window 12': {**_long['runs']['GPT, window 12'], 'batch_size': 128},
     'GPT, window 384': dict(model_type='gpt'),
     'GPT, window 24': {**_long['runs']['GPT, window 24'], 'batch_size': 64},
-    'fold, carry dropped': dict(model_type='fold_dropped'),
+    'fold, carry dropped': dict(past='none'),
 }
 same_window, full_window = _long['same_window'], _long['full_window']
 probe = {**_long['probe'], 'targets': 10000, 'words': 3000}

@@ -24,7 +24,7 @@ ablations = {
     'sequences of 96': dict(block_size=96, batch_size=32, stretch=384),
     'gradient cut every 8 segments': dict(bptt_segments=8),
     'gated carry': dict(carry='gated'),
-    'carry dropped': dict(model_type='fold_dropped'),
+    'carry dropped': dict(past='none'),
     '192 channels': dict(n_embd=192),
 }
 # histories that leave the segment room in a window of 384, as in compare_python_long.py

@@ -15,14 +15,14 @@ runs = {
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=96),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=96),
     'GPT, window 96': dict(model_type='gpt'),
-    'fold, carry dropped': dict(model_type='fold_dropped'),
+    'fold, carry dropped': dict(past='none'),
 }
 same_window = 'GPT, window 12'  # the two that the first of the runs is compared with
 full_window = 'GPT, window 96'
 ablations = {
     'fold, short': dict(),
     'gated carry': dict(carry='gated'),
-    'past half frozen': dict(model_type='fold_frozen'),
+    'past half frozen': dict(past='frozen'),
     '1 local, 3 global layers': dict(n_local=1, n_global=3),
     '2 local, 2 global layers': dict(n_local=2, n_global=2),
     '3 local, 1 global layer': dict(n_local=3, n_global=1),

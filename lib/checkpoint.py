@@ -113,6 +113,8 @@ def load_weights(model, state_dict):
         remedy = 'take as many layers and the same model_type'
         if name.startswith('carry_gate'):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
+        elif name == wpe:
+            remedy = f"take --position={'rotary' if name in own else 'learned'}"
         raise SystemExit(f'error: the checkpoint {side} {name}: {remedy}')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)

@@ -44,7 +44,7 @@ def make_model(model_type, sizes):
     config_class, model_class = find_model(model_type)
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
     for field in fields(config_class):
-        least = 0 if field.name == 'n_local' else 1
+        least = 0 if field.name in ('n_local', 'window') else 1
         value = given.get(field.name, least)
         require(field.type is not int or value >= least,
                 f'{field.name} must be at least {least}, not {value}')

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from lib.contract import blank_carry, unit
-from lib.rows import Rows
+from lib.rows import Rows, rowwise
 
 TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
 TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
@@ -104,7 +104,8 @@ def read_carry(model, idx, state, count):
         return logits[:, -1], whole * u, {'carry': carry}
     n = min(idx.size(1), u - place)
     if state.cache is not None:
-        carry = state.carry if n == 1 else state.carry.clone()  # which is needed if they fail
+        clone = n > 1  # of what is needed if they fail
+        carry = rowwise(torch.clone, state.carry) if clone else state.carry
         logits, carry = model.extend(idx[:, :n], place, carry, state.cache, count < u)
         return logits, n, {'carry': carry}
     state.tokens[:, place:place + n] = idx[:, :n]

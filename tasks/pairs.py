@@ -173,7 +173,8 @@ def match_names(model, place_scale):
     C = model.config.n_embd
     with torch.no_grad():
         model.transformer.wte.weight *= 8
-        model.transformer.wpe.weight *= place_scale
+        if model.config.position == 'learned':
+            model.transformer.wpe.weight *= place_scale
         for block in model.transformer.h:
             q, k, v = block.attn.c_attn.weight.split(C)
             q *= 4

@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -71,3 +72,11 @@ class Windowed(Recurrent):
         return *super().forward(idx, targets)[:2], None
 
 TOYS = {'recurrent': (ToyConfig, Recurrent), 'windowed': (ToyConfig, Windowed)}
+
+# all combinations of a fold's keys, and some that have every pair of them
+KEYS = [dict(position=position, local=local, past=past, carry=carry)
+        for position in ('learned', 'rotary') for local in ('segment', 'sliding')
+        for past, carry in (('evolving', 'plain'), ('evolving', 'gated'), ('frozen', 'plain'),
+                            ('frozen', 'gated'), ('local', 'plain'), ('none', 'plain'))]
+ALL_KEYS = pytest.mark.parametrize('keys', KEYS, ids=lambda keys: ' '.join(keys.values()))
+SOME_KEYS = [KEYS[i] for i in (0, 1, 4, 8, 10, 14, 18, 19, 21, 23)]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small import TOYS, all_logits, assert_equal, gradients, make, tokens
+from small import SOME_KEYS, TOYS, all_logits, assert_equal, gradients, make, tokens
 from torch.nn import functional as F
 
 import compare
@@ -37,7 +37,8 @@ def streamed(model, idx):
 @pytest.mark.parametrize('part, edit', [(MLP, squared), (CausalSelfAttention, scaled)])
 @pytest.mark.parametrize('kind, sizes', [
     ('gpt', {'block_size': 60}), ('fold', {}), ('fold', {'carry': 'gated'}),
-    ('fold', {'segment_size': 40}), ('fold_frozen', {}), ('fold_dropped', {})])
+    ('fold', {'segment_size': 40}), ('gpt', {'block_size': 60, 'window': 6}),
+    *(('fold', keys) for keys in SOME_KEYS[2:])])
 def test_an_edit_to_model_py_holds_everywhere(part, edit, kind, sizes, monkeypatch):
     """Training loss and gradient, evaluation loss and what is written change, and all of them are
     those of the edited forward pass; the caches go on serving."""

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from small import SEGMENT, assert_equal, gradients, make, tokens
+from small import ALL_KEYS, SEGMENT, SOME_KEYS, assert_equal, gradients, make, tokens
 
 from lib.contract import blank_carry, unit
 from lib.gradients import backpropagate
@@ -11,7 +11,7 @@ from lib.rows import rowwise
 
 l = SEGMENT
 EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tuple
-    ('fold', {}), ('fold', {'carry': 'gated'}), ('recurrent', {})])
+    *(('fold', SOME_KEYS[i]) for i in (0, 1, 5, 7)), ('gpt', {'window': l}), ('recurrent', {})])
 RECOMPUTE = pytest.mark.parametrize('recompute', [False, True])
 
 def literal(model, x, y, carry, cut):
@@ -43,6 +43,12 @@ def test_gradients_are_those_of_one_graph_with_the_carry_cut(
                                  recompute=recompute)
     assert_equal((found, after), (loss.detach(), last))
     assert_equal(gradients(model), expected)
+
+@ALL_KEYS
+@RECOMPUTE
+def test_gradients_for_every_combination_of_keys(keys, recompute):
+    test_gradients_are_those_of_one_graph_with_the_carry_cut('fold', keys, recompute, True,
+                                                             5 * l + 1, 2)
 
 @EVERY
 @RECOMPUTE

@@ -5,29 +5,42 @@ import os
 import numpy as np
 import pytest
 import torch
-from small import SEGMENT, SIZES, C, V, all_logits, assert_equal, gradients, make, tokens
+from small import (
+    ALL_KEYS,
+    KEYS,
+    SEGMENT,
+    SIZES,
+    C,
+    V,
+    all_logits,
+    assert_equal,
+    gradients,
+    make,
+    tokens,
+)
 from torch.nn import functional as F
 
 from lib.checkpoint import load_weights
 from lib.contract import adamw, blank_carry, count_parameters, flops_per_token, make_model
 from lib.gradients import backpropagate
 from lib.rows import rowwise
-from model import GPT, FoldGPT, GlobalBlock, GPTConfig, LocalBlock
+from model import GPT, GlobalBlock, GPTConfig, LocalBlock
 
 l = SEGMENT
-CARRIES = pytest.mark.parametrize('carry', ['plain', 'gated'])
 EVERY = pytest.mark.parametrize('kind, sizes', [
-    ('fold', {}), ('fold', {'carry': 'gated'}), ('fold', {'n_local': 0, 'n_global': 1}),
-    ('fold', {'segment_size': 1}), ('gpt', {})])
+    *(('fold', keys) for keys in KEYS), ('fold', {'n_local': 0, 'n_global': 1}),
+    ('fold', {'segment_size': 1}), ('gpt', {}), ('gpt', {'window': l}),
+    ('gpt', {'window': l, 'position': 'rotary'}), ('gpt', {'position': 'rotary'})])
 
 def small_gpt(**sizes):
     """The baseline with the window of the small fold's segment."""
     return make('gpt', **{'block_size': l, **sizes})
 
-def folded(gpt, n_local):
+def folded(gpt, n_local, **keys):
     """A fold with a GPT's weights, key for key."""
     c = gpt.config
-    fold = make('fold', n_local=n_local, n_global=c.n_layer - n_local, bias=c.bias)
+    fold = make('fold', n_local=n_local, n_global=c.n_layer - n_local, bias=c.bias,
+                **{'position': c.position, **keys})
     fold.load_state_dict(gpt.state_dict())
     return fold
 
@@ -96,11 +109,13 @@ def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
     assert_equal(all_logits(model, idx), long)
 
 @pytest.mark.parametrize('n_local, n_global', [(0, 2), (2, 2), (1, 3), (3, 1)])
-@pytest.mark.parametrize('bias', [False, True])
-def test_one_segment_is_a_gpt(n_local, n_global, bias):
+@pytest.mark.parametrize('bias, keys', [
+    (False, {}), *((True, keys) for keys in KEYS if keys['carry'] == 'plain')])
+def test_one_segment_is_a_gpt(n_local, n_global, bias, keys):
     """Parameters, logits, loss and gradients."""
-    gpt = small_gpt(n_layer=n_local + n_global, bias=bias)
-    fold = folded(gpt, n_local)
+    gpt = small_gpt(n_layer=n_local + n_global, bias=bias,
+                    position=keys.get('position', 'learned'))
+    fold = folded(gpt, n_local, **keys)
     shapes = [[(k, v.shape) for k, v in model.state_dict().items()] for model in (gpt, fold)]
     assert shapes[0] == shapes[1] and count_parameters(fold) == count_parameters(
         make('gpt', block_size=99, n_layer=n_local + n_global, bias=bias))  # places are not counted
@@ -110,11 +125,11 @@ def test_one_segment_is_a_gpt(n_local, n_global, bias):
     assert_equal(*(backpropagate(model, idx, targets)[0] for model in (gpt, fold)))
     assert_equal(gradients(gpt), gradients(fold))
 
-def literal_logits(weights, idx, n_local, n_global):
-    """Eq. 13, 16 and 17 as they are printed, for one row of tokens: loops over s, i, token and
-    head; numpy alone."""
-    w = {name: value.numpy() for name, value in weights.items()}
-    erf = np.vectorize(math.erf)
+def literal_logits(model, idx):
+    """Eq. 13, 16 and 17 as they are printed, and the other values of the keys, for one row of
+    tokens: loops over s, i, token and head, places counted from the start of the text; numpy."""
+    w = {name: value.numpy() for name, value in model.state_dict().items()}
+    c, erf = model.config, np.vectorize(math.erf)
 
     def norm(x, name):
         x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
@@ -123,44 +138,70 @@ def literal_logits(weights, idx, n_local, n_global):
     def linear(x, name):
         return w[name + '.weight'] @ x + w[name + '.bias']
 
+    def turned(x, place):
+        """A head's query or key as a complex number a pair of channels, turned by its place."""
+        half = len(x) // 2
+        turns = place * c.rotary_base ** (-np.arange(half) / half) * (c.position == 'rotary')
+        return (x[:half] + 1j * x[half:]) * np.exp(1j * turns)
+
     def evolve(layer, x, seen):
-        """Token state x one layer on; it attends to the token states in `seen`, itself the last."""
+        """Token state x one layer on; it attends to the (place, state) in `seen`, itself last."""
         h, heads = f'transformer.h.{layer}.', []
-        seen = [linear(norm(state, h + 'ln_1'), h + 'attn.c_attn') for state in seen]
-        q, keys, values = seen[-1][:C], [s[C:2 * C] for s in seen], [s[2 * C:] for s in seen]
+        seen = [(t, linear(norm(state, h + 'ln_1'), h + 'attn.c_attn')) for t, state in seen]
         for head in np.split(np.arange(C), SIZES['n_head']):
-            a = np.array([math.exp(q[head] @ k[head] / math.sqrt(len(head))) for k in keys])
-            heads.append(sum(p * v[head] for p, v in zip(a / a.sum(), values)))
+            q = turned(seen[-1][1][head], seen[-1][0])
+            scores = [(q.conj() @ turned(qkv[C + head], t)).real for t, qkv in seen]
+            a = np.exp(np.array(scores) / math.sqrt(len(head)))
+            heads.append(sum(p * qkv[2 * C + head] for p, (_, qkv) in zip(a / a.sum(), seen)))
         x = x + linear(np.concatenate(heads), h + 'attn.c_proj')
         f = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
         return x + linear(f * (1 + erf(f / math.sqrt(2))) / 2, h + 'mlp.c_proj')
 
-    wte, wpe = w['transformer.wte.weight'], w['transformer.wpe.weight']
-    X, logits = {}, []  # X[s, i, j][p]: token p of segment s after i local and j global layers
+    def all_of(layer, states, seen_by):
+        """Token states {place: state}, each one layer on, having seen those that it may."""
+        return {t: evolve(layer, x, seen_by(t)) for t, x in states.items()}
+
+    def up_to(t, states, first=0):
+        return [(place, x) for place, x in states.items() if first <= place <= t]
+
+    x = {t: w['transformer.wte.weight'][i] for t, i in enumerate(idx)}
+    if c.position == 'learned':
+        x = {t: state + w['transformer.wpe.weight'][t % l] for t, state in x.items()}
+    for i in range(c.n_local):  # eq. 16, or of the last l tokens
+        x = all_of(i, x, lambda t: up_to(t, x, t - l + 1 if c.local == 'sliding' else t // l * l))
+    carry, logits = {}, []
     for s in range(len(idx) // l):
-        X[s, 0, 0] = [wte[idx[s * l + p]] + wpe[p] for p in range(l)]
-        for i in range(1, n_local + 1):
-            x = X[s, i - 1, 0]
-            X[s, i, 0] = [evolve(i - 1, x[p], x[:p + 1]) for p in range(l)]  # eq. 16
-        for i in range(1, n_global + 1):
-            layer = n_local + i - 1
-            x, past = X[s, n_local, i - 1], X[s - 1, n_local, n_global + i - 1] if s else []
-            X[s, n_local, i] = [evolve(layer, x[p], past + x[:p + 1]) for p in range(l)]  # eq. 17
-            beyond = [evolve(layer, past[p], past[:p + 1]) for p in range(len(past))]
-            X[s - 1, n_local, n_global + i] = beyond  # eq. 13
-        for x in X[s, n_local, n_global]:
-            logits.append(w['lm_head.weight'] @ norm(x, 'transformer.ln_f'))
+        current = {t: x[t] for t in range(s * l, s * l + l)}
+        past = carry if c.past != 'none' else {}
+        for i in range(c.n_local, c.n_local + c.n_global):
+            new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)])  # eq. 17
+            if c.past == 'evolving':
+                past = all_of(i, past, lambda t: up_to(t, past))  # eq. 13
+            current = new
+        if c.carry == 'gated' and s:
+            for t, new in current.items():
+                g = 1 / (1 + np.exp(-linear(np.concatenate((carry[t - l], new)), 'carry_gate')))
+                current[t] = g * carry[t - l] + (1 - g) * new
+        logits += [w['lm_head.weight'] @ norm(state, 'transformer.ln_f')
+                   for state in current.values()]
+        carry = {t: x[t] for t in current} if c.past == 'local' else current
     return torch.from_numpy(np.stack(logits))
 
 @pytest.mark.parametrize('n_local, n_global', [(0, 1), (2, 2), (1, 3)])
 def test_the_equations(n_local, n_global):
     model, idx = make(n_local=n_local, n_global=n_global), tokens(2, 4 * l)
     for row, logits in zip(idx, all_logits(model, idx).detach()):
-        assert_equal(logits, literal_logits(model.state_dict(), row.tolist(), n_local, n_global))
+        assert_equal(logits, literal_logits(model, row.tolist()))
 
-@CARRIES
-def test_chunks_with_the_carry_passed_equal_one_call(carry):
-    model, idx = make(carry=carry), tokens(3, 8 * l)
+@ALL_KEYS
+def test_the_equations_with_each_combination_of_keys(keys):
+    model, idx = make(**keys), tokens(1, 4 * l)
+    assert_equal(all_logits(model, idx).detach()[0], literal_logits(model, idx[0].tolist()))
+
+@pytest.mark.parametrize('kind, sizes', [*(('fold', keys) for keys in KEYS),
+                                         ('gpt', {'window': l, 'position': 'rotary'})])
+def test_chunks_with_the_carry_passed_equal_one_call(kind, sizes):
+    model, idx = make(kind, **sizes), tokens(3, 8 * l)
     whole, _, last = model(idx, idx)
     for sizes in ([1, 7], [2, 3, 3], [1] * 8):  # segments
         parts, carry = [], None
@@ -172,12 +213,12 @@ def test_chunks_with_the_carry_passed_equal_one_call(carry):
         logits, _, short = model(idx[:, :T], idx[:, :T])
         assert_equal(logits, whole[:, :T])
         if T % l:
-            with pytest.raises(ValueError, match='the carry of a segment'):
+            with pytest.raises(ValueError, match='carry .*of a (whole )?segment'):
                 model(idx, carry=short)
 
 @EVERY
 def test_causality(kind, sizes):
-    """Across the borders of segments, too; and every later logit does change."""
+    """Across the borders of segments, too; and what follows the changed token does change."""
     model, idx = make(kind, **sizes), tokens(1, 4 * l)
     before = all_logits(model, idx)
     for t in range(idx.size(1)):
@@ -185,22 +226,32 @@ def test_causality(kind, sizes):
         changed[0, t] = (changed[0, t] + 1) % V
         after = all_logits(model, changed)
         assert torch.equal(after[:, :t], before[:, :t])
-        assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
+        assert (after[:, t] != before[:, t]).any()
 
-@CARRIES
-@pytest.mark.parametrize('segments, cut', [(16, 16), (8, 1), (8, 2), (8, 4)])
-def test_reach_is_the_unrolled_length_and_ends_where_the_carry_is_detached(
-        carry, segments, cut, monkeypatch):
-    """|d loss of the last token / d embedding| of each token."""
-    seen, embed = [], FoldGPT.embed
-    monkeypatch.setattr(FoldGPT, 'embed', lambda *args: seen.append(embed(*args)) or seen[-1])
-    model, carry = make(carry=carry), None
+def reach(model, cut, segments=16):
+    """|d loss of the last token / d embedding| of each token, the carry detached every `cut`."""
+    seen, embed, carry = [], model.embed, None
+    model.embed = lambda *args: seen.append(embed(*args)) or seen[-1]
     for chunk in tokens(1, segments * l).split(cut * l, dim=1):
-        logits, _, carry = model(chunk, carry=None if carry is None else carry.detach())
+        logits, _, carry = model(chunk, carry=rowwise(torch.detach, carry))
     grads = torch.autograd.grad(logits.logsumexp(-1).sum(), seen, allow_unused=True)
-    reach = torch.cat([(torch.zeros_like(x) if g is None else g).flatten(0, 1).norm(dim=1)
-                       for x, g in zip(seen, grads)])
-    assert (reach[:(segments - cut) * l] == 0).all() and (reach[-cut * l:] > 0).all()
+    return torch.cat([(torch.zeros_like(x) if g is None else g).flatten(0, 1).norm(dim=1)
+                      for x, g in zip(seen, grads)])
+
+@ALL_KEYS
+def test_reach_is_the_unrolled_length_and_ends_where_the_carry_is_detached(keys):
+    """Without recurrence it is that of the windows, one behind the other."""
+    model = make(**keys)
+    windows = {'local': 2 * l - 1, 'none': l - 1}.get(keys['past'], 16 * l)  # beside the token
+    windows += model.config.n_local * (l - 1) if keys['local'] == 'sliding' else 0
+    for cut in (1, 2, 4, 16):
+        found, whole = reach(model, cut), min(cut * l, 1 + windows)
+        assert (found[:-whole] == 0).all() and (found[-whole:] > 0).all(), cut
+
+def test_reach_of_a_sliding_window_is_a_window_a_layer():
+    model = make('gpt', window=l, position='rotary')
+    whole = 1 + model.config.n_layer * (l - 1)
+    assert (reach(model, 16)[:-whole] == 0).all() and (reach(model, 16)[-whole:] > 0).all()
 
 @EVERY
 def test_rows_never_influence_each_other(kind, sizes):
@@ -211,20 +262,30 @@ def test_rows_never_influence_each_other(kind, sizes):
         alone, _, after = model(idx[row], idx[row], rowwise(lambda x: x[row], carry))
         assert_equal((alone, after), (logits[row], rowwise(lambda x: x[row], last)))
 
-def test_without_the_carry_it_is_the_baseline_of_the_same_window():
-    gpt, idx = small_gpt(), tokens(2, 4 * l)
-    fold = folded(gpt, 2)
+@pytest.mark.parametrize('position', ['learned', 'rotary'])
+def test_without_the_carry_it_is_the_baseline_of_the_same_window(position):
+    """Dropped by hand or by past='none'; with it, it is not."""
+    gpt, idx = small_gpt(position=position), tokens(2, 4 * l)
+    fold, none = folded(gpt, 2), folded(gpt, 2, past='none')
     alone, dropped = (torch.cat([all_logits(model, segment) for segment in idx.split(l, dim=1)], 1)
                       for model in (gpt, fold))
     assert_equal(dropped, alone)
+    assert_equal(all_logits(none, idx), alone)
     difference = (all_logits(fold, idx) - alone).abs().amax(dim=(0, 2))
-    assert difference[:l].max() < 1e-10 and difference[l:].min() > 1e-4  # with it, it is not
+    assert difference[:l].max() < 1e-10 and difference[l:].min() > 1e-4
+
+def test_a_window_of_the_whole_block_is_the_usual_gpt():
+    for position in ('learned', 'rotary'):
+        gpt, window = (make('gpt', position=position, window=W, block_size=8) for W in (0, 8))
+        window.load_state_dict(gpt.state_dict())
+        idx = tokens(2, 8)
+        assert_equal(all_logits(window, idx), all_logits(gpt, idx))
 
 def test_the_carry_is_the_output_before_the_final_norm_and_mixed_if_gated():
     """Place by place: g * old + (1 - g) * new, g = sigmoid(W [old ; new] + b)."""
     for kind in ('plain', 'gated'):
         model, idx, old = make(carry=kind), tokens(2, 3 * l), None
-        for x in model.local(idx).split(l, dim=1):
+        for x in model.local(idx)[0].split(l, dim=1):
             new = model.globally(old, x)
             if old is not None and kind == 'gated':
                 both = torch.cat((old, new), dim=-1) @ model.carry_gate.weight.mT
@@ -293,7 +354,11 @@ def test_weights_that_do_not_fit_are_named(change, message):
     ('fold', dict(block_size=100, segment_size=12), 'a multiple of segment_size=12'),
     ('fold', dict(segment_size=0), 'segment_size must be'), ('fold', dict(n_global=0), 'n_global'),
     ('fold', dict(n_local=-1), 'n_local must be at least 0'), ('fold', dict(n_head=5), 'n_head=5'),
-    ('fold', dict(carry='half'), "not 'half'"),
+    ('fold', dict(carry='half'), "not 'half'"), ('fold', dict(past='l'), 'past must be one of'),
+    ('fold', dict(past='none', carry='gated'), 'no carry to mix with'),
+    ('fold', dict(window=3), 'a fold takes window=0'), ('gpt', dict(window=-1), 'window must be'),
+    ('gpt', dict(position='r'), 'position must be'), ('fold', dict(local='l'), 'local must be'),
+    ('gpt', dict(position='rotary', n_embd=6), 'an even size'),
     ('fond', {}, "must be one of 'gpt', 'fold'.*not 'fond'"), (None, {}, 'not None')])
 def test_sizes_that_no_model_can_have(kind, sizes, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):

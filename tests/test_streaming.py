@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from small import TOYS, V, all_logits, assert_equal, make, shake, tokens
+from small import ALL_KEYS, SOME_KEYS, TOYS, V, all_logits, assert_equal, make, shake, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.checkpoint import load_state, save_state
@@ -14,7 +14,10 @@ from models import MODELS
 
 l = 4  # of the folds' segments
 CASES = {
-    **{name: dict(kind=name) for name in [*MODELS, *TOYS]}, 'gated': dict(carry='gated'),
+    **{name: dict(kind=name) for name in [*MODELS, *TOYS]},
+    **{' '.join(keys.values()): keys for keys in SOME_KEYS[1:]},
+    'sliding gpt': dict(kind='gpt', window=l, position='rotary'),
+    'sliding gpt, learned': dict(kind='gpt', window=l),
     'no local': dict(n_local=0, n_global=1), 'no bias': dict(n_local=1, bias=False),
     'segment of 1': dict(segment_size=1), 'long segment': dict(segment_size=36, block_size=36),
     'long gpt': dict(kind='gpt', block_size=80)}
@@ -47,6 +50,19 @@ def test_token_by_token_it_is_the_teacher_forced_forward_pass(name, cached):
     assert_equal(logits, oracle(model, idx))
     assert state.read.tolist() == [85] * 3
     assert_equal(read(model, idx[:, :0], state)[0], logits[:, -1])  # asked again
+
+@ALL_KEYS
+def test_token_by_token_and_in_pieces_for_every_combination_of_keys(keys, tmp_path):
+    """Through caches and without, and from a file in the middle."""
+    model, idx = make(segment_size=l, block_size=4 * l, **keys), tokens(2, 24)
+    expected = all_logits(model, idx).detach()
+    for cached, sizes in ((True, [1] * 24), (True, [3, 7, 9, 5]), (False, [1, 12, 11])):
+        logits, state = read_in(model, idx, sizes, empty_state(model, 2, cached))
+        assert_equal(logits, expected[:, torch.tensor(sizes).cumsum(0) - 1])
+    _, state = read(model, idx[:, :10])
+    save_state(tmp_path / 'state', state, model, torch.Generator())
+    logits, _ = read_in(model, idx[:, 10:], [1] * 14, load_state(tmp_path / 'state', model))
+    assert_equal(logits, expected[:, 10:])
 
 @EVERY_PATH
 def test_any_pieces_give_the_forward_pass(name, cached, monkeypatch):
@@ -155,7 +171,8 @@ def test_the_past_half_is_computed_once_a_segment():
 @pytest.mark.parametrize('t', [3, l, 4 * l + 1])
 @pytest.mark.parametrize('sizes', [[6 * l], [1] * 6 * l, [1, 6 * l - 1], [4 * l, 3, 2 * l - 3]])
 @pytest.mark.parametrize('name, cached', [
-    ('fold', True), ('fold', False), ('gated', True), ('long gpt', True), ('recurrent', False)])
+    ('fold', True), ('fold', False), ('learned segment evolving gated', True),
+    ('rotary sliding evolving gated', True), ('long gpt', True), ('recurrent', False)])
 def test_a_state_that_is_not_finite_names_the_token(name, cached, sizes, t):
     model, idx = make_case(name), tokens(2, 6 * l) % (V - 1)
     names = 'wte', 'embedding', 'lm_head', 'output'
