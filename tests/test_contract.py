@@ -90,7 +90,7 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     assert_equal(streamed(model, idx), all_logits(model, idx).detach())
     written = run('sample.py', f'--out_dir={folder}', '--start=ape', '--temperature=0',
                   '--max_new_tokens=30')
-    expected = generate(model, torch.tensor([tokenizer.encode('ape')]), 30, temperature=0)
+    expected = generate(model, torch.tensor([tokenizer.encode('ape').tolist()]), 30, temperature=0)
     assert written.code == 0 and written.out == tokenizer.decode(expected[0].tolist()) + '\n'
 
     probed = run('probe.py', f'--out_dir={folder}', f'--data_dir={data_dir}',
