@@ -1,6 +1,6 @@
 """The report of a comparison: its record, and the tables and pictures made from that alone.
 
-The parts of a comparison are the records of its runs. Settings: name, ablation, those of train.py.
+The parts of a comparison are the records of its runs. Settings: name, those of train.py.
 Metrics: those of training and, if new, of the probe, and text, order, scored, state_bytes,
 generated_tokens_per_s. Curves: of both. Notes: what it wrote after each of the prompts.
 """
@@ -43,7 +43,7 @@ def make(c, runs, s):
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
     notes = [f'{run.name}, seed {run.seed}: {run.error or "not run to its end"}'
              for run in runs if run not in done]
-    return make_record('comparison', settings, c['seeds'], differences(parts, c), notes=notes,
+    return make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
                        parts=parts, device=device)
 
 def part(run):
@@ -57,7 +57,7 @@ def part(run):
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
                         'order': metric(order[:12]), 'state_bytes': metric(new_state(model).nbytes),
                         'scored': metric(trained['settings']['eval_tokens'] or 'all')},
-            'settings': {'name': run.name, 'ablation': run.ablation, **run.settings},
+            'settings': {'name': run.name, **run.settings},
             'curves': {**trained['curves'], **probed['curves']}}, model
 
 @torch.no_grad()
@@ -73,26 +73,23 @@ def generation_speeds(models, device):
         rate.append(NEW / (time.perf_counter() - start))
     return [statistics.median(rate) for rate in rates]
 
-def differences(parts, c):
-    """Metrics: the loss of the first run minus that of same_window and of full_window, and of each
-    ablation minus that of the first of them, with their standard errors over the seeds."""
-    rows, found = rows_of(parts, None, '{name}'), {}
-    first, short = next(iter(c['runs'])), next(iter(c['ablations']), '')
-    pairs = [(first, c['same_window']), (first, c['full_window'])]
-    for names in pairs + [(name, short) for name in c['ablations']]:
-        if {*names} <= rows.keys() and len({*names}) == 2:
-            a, b = (rows[name]['metrics']['loss'] for name in names)
-            spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
-            error = sum(spread) ** 0.5 if len(spread) == 2 else None
-            found[' minus '.join(names)] = metric(a['value'] - b['value'], error)
+def differences(parts):
+    """Metrics: the loss of the first run minus that of each other, with their standard errors over
+    the seeds."""
+    (first, one), *others = rows_of(parts, '{name}').items()
+    a, found = one['metrics']['loss'], {}
+    for name, other in others:
+        b = other['metrics']['loss']
+        spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
+        error = sum(spread) ** 0.5 if len(spread) == 2 else None
+        found[f'{first} minus {name}'] = metric(a['value'] - b['value'], error)
     return found
 
-def rows_of(parts, ablation=False, label='{name}, {seed}'):
-    """{label: part} of the runs, the ablations or, with None, both; those of a label merged."""
+def rows_of(parts, label='{name}, {seed}'):
+    """{label: part} of the runs, those of a label merged."""
     found = {}
     for part in parts:
-        if ablation in (None, part['settings']['ablation']):
-            found.setdefault(label.format(**part['settings']), []).append(part)
+        found.setdefault(label.format(**part['settings']), []).append(part)
     return {label: merged(some) for label, some in found.items()}
 
 def table(rows, columns):
@@ -121,7 +118,7 @@ def difference_table(metrics):
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
     parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
-    runs, short, models = rows_of(parts), rows_of(parts, True), rows_of(parts, label='{name}')
+    runs, models = rows_of(parts), rows_of(parts, '{name}')
     sections = [
         '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
         'time. Losses are in nats per token, ± the standard deviation over the seeds.',
@@ -135,8 +132,7 @@ def write(record, folder):
         '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
         'the least number of tokens between, with 95 % intervals:',
         table(runs, columns_of('remote co-occurrence', runs, INTERVAL)),
-        '## Ablations', table(short, {**MAIN, **PRESERVED}), context_table(short),
-        '## What is equal', table({**runs, **short}, EQUAL), '## Samples']
+        '## What is equal', table(runs, EQUAL), '## Samples']
     for i, prompt in enumerate(record['settings']['prompts']):
         sections.append(f'### {prompt.strip()}')
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"

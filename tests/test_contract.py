@@ -107,7 +107,7 @@ def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_p
         return done.out
     monkeypatch.setattr(compare, 'call', call)
     (tmp_path / 'toys.py').write_text(
-        "tokens, prompts, new_tokens, same_window = 384, ['ape'], 9, 'windowed'\n"
+        "tokens, prompts, new_tokens = 384, ['ape'], 9\n"
         "common = dict(dataset='tiny', block_size=16, batch_size=4, width=7)\n"
         "runs = {kind: {'model_type': kind} for kind in ('recurrent', 'windowed')}\n"
         "probe = dict(histories='0,12', targets=5, words=5, resamples=20)\n")
