@@ -1,10 +1,9 @@
 """The report of a comparison: its record, and the tables and pictures made from that alone.
 
 The parts of a comparison are the records of its runs. Settings: name, those of train.py.
-Metrics: those of training and, if new, of the probe, and text, order, scored, state_bytes. Curves:
-of both. Notes: what it wrote after each of the prompts.
+Metrics: those of training and, if new, of the probe, and text, state_bytes. Curves: of both. Notes:
+what it wrote after each of the prompts.
 """
-import hashlib
 import os
 from textwrap import indent
 
@@ -17,13 +16,12 @@ from lib.records import load_record, make_record, metric
 from lib.streaming import new_state
 
 MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/tokens|,.0f}',
+        'text': '{metrics/text}',
         'validation loss': '{metrics/loss|.4f} ± {metrics/loss/sd|.4f} || {metrics/loss|.4f}',
         'training tokens/s': '{metrics/tokens_per_s|,.0f}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
 PRESERVED = {'preserved context': '{metrics/preserved context}'}
-EQUAL = {'parameters': MAIN['parameters'], 'tokens': MAIN['training tokens'],
-         'text': '{metrics/text}', 'order': '{metrics/order}', 'scored': '{metrics/scored}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 
 def make(c, runs, s):
@@ -43,12 +41,10 @@ def part(run):
     trained, probed = (load_record(run.folder / f'{name}.json') for name in ('record', 'probe'))
     saved = load(run.folder / 'last.pt')
     state = new_state(load_model(saved))
-    order = hashlib.sha256(saved['task_state']['generator'].numpy().tobytes()).hexdigest()
     text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
-                        'order': metric(order[:12]), 'state_bytes': metric(state.nbytes),
-                        'scored': metric(trained['settings']['eval_tokens'] or 'all')},
+                        'state_bytes': metric(state.nbytes)},
             'settings': {'name': run.name, **run.settings},
             'curves': {**trained['curves'], **probed['curves']}}
 
@@ -110,8 +106,7 @@ def write(record, folder):
         table(runs, columns_of('worth of longer history', runs, INTERVAL)),
         '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
         'the least number of tokens between, with 95 % intervals:',
-        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)),
-        '## What is equal', table(runs, EQUAL), '## Samples']
+        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)), '## Samples']
     for i, prompt in enumerate(record['settings']['prompts']):
         sections.append(f'### {prompt.strip()}')
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
@@ -121,5 +116,4 @@ def write(record, folder):
     for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
         shown = {label: model['curves'][name] for label, model in models.items()}
-        if shown:
-            curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')
+        curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')
