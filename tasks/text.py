@@ -8,9 +8,9 @@ from configurator import at_least
 from lib.console import require
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
-from lib.processes import WORLD, from_writer, mean, my_share, sum_over
+from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
-from lib.rows import Rows, rowwise
+from lib.rows import rowwise
 from lib.scoring import mean_and_error, token_losses
 from prepare import load_meta, prepare
 
@@ -53,8 +53,8 @@ class Task:
         self.generator = torch.Generator().manual_seed(s.seed)
         rows = torch.arange(B * s.gradient_accumulation_steps)  # of an update
         self.micro_batches = rows.split(B)
-        self.streams = s.stream and Rows(at=rows * (len(self.train_data) - T) // len(rows),
-                                         fresh=torch.ones(len(rows), dtype=bool), carry=None)
+        self.at = rows * (len(self.train_data) - T) // len(rows)  # of all streams
+        self.carries = [None] * len(self.micro_batches)  # of this process's share of each
 
     def start(self, model, device, autocast):
         self.model, self.val_data = model, self.val_data.to(device)
@@ -63,35 +63,20 @@ class Task:
 
     def backward(self):
         total, n = 0.0, len(self.micro_batches)
-        for rows in self.micro_batches:
-            if self.streams:
-                total += self.backward_streams(rows, 1 / n)
-            else:
-                x, y = self.random_sequences()
-                total += backpropagate(self.model, x, y, share=1 / n, **self.kwargs)[0]
+        for i, rows in enumerate(self.micro_batches):
+            x, y = self.next_of_streams(rows) if self.s.stream else self.random_sequences()
+            loss, carry = backpropagate(self.model, x, y, self.carries[i], 1 / n, **self.kwargs)
+            self.carries[i] = carry if self.s.stream else None
+            total += loss
         return mean(total), n * self.s.batch_size * self.s.block_size
 
-    def backward_streams(self, rows, share):
-        """backward of this process's share of the streams `rows`; keeps their carries. Stream r of
-        R starts at r / R of the corpus. With less than a whole sequence before it, it begins anew
-        at token 0, its carry dropped: what it skips stands elsewhere in those of other streams."""
-        streams, T, total = self.streams, self.s.block_size, 0.0
-        ended = rows[streams.at[rows] + T >= len(self.train_data)]  # the last one is a target alone
-        streams.at[ended], streams.fresh[ended] = 0, True
-        own = my_share(rows)
-        x, y = self.sequences(streams.at[own], T)
-        for fresh in (False, True):  # those with a carry, those without
-            some = (streams.fresh[own] == fresh).nonzero()[:, 0]
-            if len(some):
-                carry = None if fresh else rowwise(lambda c: c[own[some]], streams.carry)
-                part = share * len(some) / len(own)
-                loss, carry = backpropagate(self.model, x[some], y[some], carry, part,
-                                            **self.kwargs)
-                streams.put(own[some], Rows(carry=carry))
-                total += loss
-        streams.at[rows] += T
-        streams.fresh[rows] = carry is None
-        return total
+    def next_of_streams(self, rows):
+        """This process's share of the next sequences of the streams `rows`. Stream r of R starts at
+        r / R of the corpus; with less than a whole sequence before it, it goes on at token 0."""
+        at, T = self.at[rows], self.s.block_size
+        at[at + T >= len(self.train_data)] = 0  # the last token is a target alone
+        self.at[rows] = at + T
+        return self.sequences(my_share(at), T)
 
     def random_sequences(self):
         """This process's share of a micro-batch; all processes draw all of it, so that it does not
@@ -120,20 +105,16 @@ class Task:
 
     def state(self):
         """Where the random numbers of the data and the streams stand, of all processes."""
-        state = {'generator': self.generator.get_state(), 'streams': None}
-        if self.streams:
-            own = torch.cat([my_share(rows) for rows in self.micro_batches])
-            carry = rowwise(lambda c: sum_over(torch.zeros_like(c).index_copy(
-                0, own.to(c.device), c[own])), self.streams.carry)
-            state['streams'] = {**vars(self.streams), 'carry': carry}
-        return state
+        carries = [rowwise(lambda *shares: torch.cat(shares),
+                           *from_all(rowwise(torch.Tensor.cpu, carry))) for carry in self.carries]
+        return {'generator': self.generator.get_state(), 'at': self.at, 'carries': carries}
 
     def load_state(self, state, device):
         self.generator.set_state(state['generator'])
-        if self.streams and state['streams']:
-            have, streams = len(self.streams), Rows(**state['streams'])
-            require(len(streams) == have, f"the checkpoint's streams are {len(streams)} rows, "
-                    f'batch_size * gradient_accumulation_steps is {have}: stream=False goes on '
-                    f'without them')
-            streams.carry = rowwise(lambda c: c.to(device), streams.carry)
-            self.streams = streams
+        if self.s.stream:
+            require(len(state['at']) == len(self.at), f"the checkpoint's streams are "
+                    f"{len(state['at'])} rows, batch_size * gradient_accumulation_steps is "
+                    f'{len(self.at)}: stream=False goes on without them')
+            self.at = state['at']
+            self.carries = [rowwise(lambda c: my_share(c).to(device), carry)
+                            for carry in state['carries']]
