@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -37,10 +38,9 @@ record = False       # write into results/ as well, which the docs are made from
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 
-KEYS = {'seeds': [1337], 'tokens': 0, 'ablation_tokens': 0, 'common': {}, 'runs': {},
-        'ablations': {}, 'probe': {}, 'prompts': [], 'new_tokens': 200, 'same_window': '',
-        'full_window': ''}  # of a comparison file, with what they are if it does not say
-EACH = {'seeds': int, 'prompts': str, 'runs': dict, 'ablations': dict}  # what these are made of
+KEYS = {'seeds': [1337], 'tokens': 0, 'common': {}, 'runs': {}, 'probe': {}, 'prompts': [],
+        'new_tokens': 200}  # of a comparison file, with what they are if it does not say
+EACH = {'seeds': int, 'prompts': str, 'runs': dict}  # what these are made of
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
@@ -51,7 +51,6 @@ class Run:
     """One model to train, and the folder of all that comes of it."""
     name: str        # in the tables
     seed: int
-    ablation: bool
     settings: dict   # of train.py
     tokens: int      # that it is trained on
     folder: Path
@@ -109,31 +108,27 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
-    for key in ('same_window', 'full_window'):
-        require(not c[key] or c[key] in c['runs'], f'{name}: {key}={c[key]!r} is none of the runs')
     return c
 
 def plan(c, folder, quick=False):
-    """All runs, the ablations last. Raises SystemExit if one cannot see as much as the others."""
-    found, first = [], c['seeds'][0]
+    """All runs. Raises SystemExit if one cannot see as much as the others."""
+    found = []
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
     probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
-    wanted = [(*run, seed, 'tokens') for seed in c['seeds'] for run in c['runs'].items()]
-    wanted += [(*run, first, 'ablation_tokens') for run in c['ablations'].items()]
-    for name, own, seed, key in wanted:
+    for seed, (name, own) in product(c['seeds'], c['runs'].items()):
         settings = {'gradient_accumulation_steps': 1, **c['common'], **own}
         sizes = [settings.get(key) for key in UPDATE]
         update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
-        require(update and c[key] >= update and c[key] % update == 0,
+        require(update and c['tokens'] >= update and c['tokens'] % update == 0,
                 f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
-                f'the tokens of an update, divides the {c[key]} of {key}, not {sizes}')
-        iters = 4 if quick else c[key] // update
+                f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
+        iters = 4 if quick else c['tokens'] // update
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
-        results = [{}, probe] + [samples] * (seed == first)
+        results = [{}, probe] + [samples] * (seed == c['seeds'][0])
         slug = re.sub(r'\W+', '_', name).strip('_')
-        found.append(Run(name, seed, key != 'tokens', settings, iters * update,
-                         Path(folder, f'{slug}_{seed}'), dict(zip(RESULTS, results))))
+        found.append(Run(name, seed, settings, iters * update, Path(folder, f'{slug}_{seed}'),
+                         dict(zip(RESULTS, results))))
     require(len({run.folder for run in found}) == len(found),
             'two runs have names that differ in no letter or digit: rename one')
     return found
@@ -201,9 +196,8 @@ def main(s):
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or place(name, False)
     runs = plan(c, folder, s.quick)
-    names = [*c['runs'], *c['ablations']]
-    chosen = [text.strip() for text in s.only.split(';')] if s.only else names
-    require({*chosen} <= {*names}, f'only={s.only!r}: the runs are {"; ".join(names)}')
+    chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
+    require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     wanted = [run for run in runs if run.name in chosen]
     if not s.only_report:
         own_folder(folder)

@@ -34,9 +34,7 @@ class Settings:
         return {key: value for key, value in vars(self).items() if key != 'given'}
 
     def replace(self, **changes):
-        """Return new settings with some values changed. Raises TypeError on an unknown key."""
-        if unknown := changes.keys() - self.as_dict():
-            raise TypeError(f'no such settings: {sorted(unknown)}')
+        """Return new settings with some values changed."""
         return Settings({**self.as_dict(), **changes}, self.given)
 
 def configure(namespace, argv=None, positional=None, parts=None):
@@ -80,14 +78,13 @@ def merge(saved, given, fixed=(), here=()):
              if key in given.given and value != getattr(given, key)]
     return given.replace(**changes), notes
 
-def numbers(key, text, least=0, multiple=1):
+def numbers(key, text, least=0):
     """The whole numbers in a text such as '12,48,192', each once, rising. SystemExit on others."""
     with suppress(ValueError):
         found = sorted({int(item) for item in text.split(',')})
-        if found[0] >= least and not any(n % multiple for n in found):
+        if found[0] >= least:
             return found
-    kind = f', multiples of {multiple}' if multiple > 1 else ''
-    raise SystemExit(f'error: {key} must be whole numbers from {least} on{kind}, not {text!r}')
+    raise SystemExit(f'error: {key} must be whole numbers from {least} on, not {text!r}')
 
 def at_least(settings, **least):
     """Raise SystemExit if a setting is smaller than told."""

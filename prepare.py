@@ -31,9 +31,6 @@ SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 UNPRINTABLE = bytes(set(range(256)) - {*range(0x20, 0x7f), *b'\t\n'})
 
-class DownloadError(SystemExit):
-    """A text could not be downloaded; the caller may go on with another data set."""
-
 class Tokenizer:
     """Text to token ids and back.
 
@@ -53,11 +50,8 @@ class Tokenizer:
             self._ids[_codes(spec['chars'])] = np.arange(self.vocab_size)
 
     def encode(self, text, start=0):
-        """Return the token ids of a text as a list; see encode_array()."""
-        return self.encode_array(text, start).tolist()
-
-    def encode_array(self, text, start=0):
-        """Token ids of a text, uint16. SystemExit on others; it counts positions from `start`."""
+        """Token ids of a text, (N,) uint16. SystemExit on a character that the vocabulary has not;
+        its position is counted from `start`."""
         if self._gpt2:
             return np.array(self._gpt2.encode_ordinary(text), dtype='<u2')
         ids = self._ids[_codes(text)]
@@ -73,29 +67,23 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """Return the UTF-8 bytes of token ids: of gpt2's, one may hold a part of a character."""
-        ids = [int(i) for i in ids]
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        require(not wrong, f'token ids {wrong[:3]} are outside the vocabulary of '
-                           f'{self.vocab_size}: use the data set the model was trained on')
         if self._gpt2:
             return self._gpt2.decode_bytes(ids)
         return ''.join(self.spec['chars'][i] for i in ids).encode('utf-8', 'surrogatepass')
 
-def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data', quiet=False):
+def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'):
     """Write a data set and return the path of its folder; the arguments are the settings above.
 
-    A relative data_dir lies beside this file. quiet: print nothing. An older data set of that name
-    is replaced only by a complete one. Raises DownloadError if the text cannot be downloaded,
-    SystemExit with a one-line message on any other bad input.
+    A relative data_dir lies beside this file. An older data set of that name is replaced only by a
+    complete one. Raises SystemExit with a one-line message on bad input, or without a network.
     """
     _check_request(dataset, file, tokenizer, newlines)
-    tell = (lambda line: None) if quiet else say
     data_dir = os.path.join(HERE, data_dir)
     encoder = Tokenizer({'kind': 'gpt2'}) if tokenizer == 'gpt2' else None  # before a download
     if dataset == 'shakespeare' and not file:
         file = os.path.join(data_dir, 'shakespeare.txt')
         if not os.path.exists(file):
-            tell(f'downloading {SHAKESPEARE_URL}')
+            say(f'downloading {SHAKESPEARE_URL}')
             _write(data_dir, {'shakespeare.txt': _download()})
     name = os.path.basename(file) or f'Python {sys.version.split()[0]}'
     text = _read(file)
@@ -105,9 +93,9 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     if newlines == 'unix':
         text = text.replace('\r\n', '\n')
     elif pairs := text.count('\r\n'):
-        tell(f'{name}: {pairs:,} lines end in \\r\\n; --newlines=unix would make that \\n')
+        say(f'{name}: {pairs:,} lines end in \\r\\n; --newlines=unix would make that \\n')
     encoder = encoder or Tokenizer(_char_spec(text))
-    ids = encoder.encode_array(text)
+    ids = encoder.encode(text)
     require(len(ids) >= 20, f'{name} has {len(ids)} tokens and needs 20: use a longer text')
     n_train = int(0.9 * len(ids))
     parts = {'train.bin': ids[:n_train].tobytes(), 'val.bin': ids[n_train:].tobytes()}
@@ -117,7 +105,7 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
             'files': {part: _sha256(content) for part, content in parts.items()}}
     folder = os.path.join(data_dir, dataset)
     _write(folder, {**parts, 'meta.json': (json.dumps(meta, indent=1) + '\n').encode()})
-    tell(f'{dataset}: {n_train:,} training and {len(ids) - n_train:,} validation tokens, '
+    say(f'{dataset}: {n_train:,} training and {len(ids) - n_train:,} validation tokens, '
          f'vocabulary of {encoder.vocab_size:,}, written to {folder}')
     return folder
 
@@ -202,7 +190,7 @@ def _python_text():
     return b'\n'.join(texts).translate(None, UNPRINTABLE)
 
 def _download():
-    """Return tiny Shakespeare. Raises DownloadError after the last try."""
+    """Return tiny Shakespeare. Raises SystemExit after the last try."""
     for pause in (0, 1, 3):  # seconds before each try
         time.sleep(pause)
         try:
@@ -214,8 +202,9 @@ def _download():
             reason = 'not the expected text, by its SHA-256'
         except Exception as error:  # from a missing package to a proxy's broken answer
             reason = _reason(error)
-    raise DownloadError(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy '
-                        'with --file=PATH, or use what needs no network: python prepare.py python')
+    raise SystemExit(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy with '
+                     'python prepare.py shakespeare --file=PATH, or use what needs no network: '
+                     '--dataset=python')
 
 def _write(folder, files):
     """Write {name: bytes} into a folder; what was there stays until all of it is written."""

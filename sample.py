@@ -87,8 +87,8 @@ def read_file(name):
     progress.close()
 
 def read_text(text, characters=0):
-    idx = torch.tensor([tokenizer.encode(text, characters)], dtype=torch.int64, device=device)
-    read_(model, idx, state)
+    ids = torch.tensor(tokenizer.encode(text, characters), dtype=torch.int64, device=device)
+    read_(model, ids[None], state)
 
 def write_sample(state):
     """Print a continuation token by token, as it comes; the state reads along."""

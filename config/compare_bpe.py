@@ -17,8 +17,6 @@ runs = {
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=32, stretch=96),
     'fold, carry dropped': dict(past='none'),
 }
-same_window = 'GPT, window 12'
-full_window = 'GPT, window 96'
 probe = dict(histories='0,12,24,36,48,72,84', targets=2500, words=1000,
              bins='24,48,72,150')
 prompts = ['ROMEO:\n', 'First Citizen:\nWe are ']

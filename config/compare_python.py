@@ -5,8 +5,6 @@ import runpy
 
 _path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_shakespeare.py')
 _file = runpy.run_path(_path)
-seeds, tokens, ablation_tokens = _file['seeds'], _file['tokens'], _file['ablation_tokens']
-runs, ablations, probe = _file['runs'], _file['ablations'], _file['probe']
-same_window, full_window = _file['same_window'], _file['full_window']
+seeds, tokens, runs, probe = (_file[key] for key in ('seeds', 'tokens', 'runs', 'probe'))
 common = {**_file['common'], 'dataset': 'python'}
 prompts, new_tokens = ['def read(self, ', 'import os\n'], _file['new_tokens']

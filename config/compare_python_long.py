@@ -17,8 +17,6 @@ runs = {
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=128, stretch=384),
     'fold, carry dropped': dict(past='none'),
 }
-same_window = 'GPT, window 12'
-full_window = 'GPT, window 384'
 # histories that leave the segment room in a window of 384, so that no window need slide
 probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', targets=5000,
              words=1500, bins='24,48,96,150,336')

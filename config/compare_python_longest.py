@@ -17,6 +17,5 @@ runs = {
     'GPT, window 24': {**_long['runs']['GPT, window 24'], 'batch_size': 64},
     'fold, carry dropped': dict(past='none'),
 }
-same_window, full_window = _long['same_window'], _long['full_window']
 probe = {**_long['probe'], 'targets': 10000, 'words': 3000}
 prompts, new_tokens = _long['prompts'], _long['new_tokens']

@@ -1,14 +1,12 @@
 # The fold and its baselines on tiny Shakespeare: python compare.py config/compare_shakespeare.py
 # A run is what `common` says, and over that what the run says: settings of train.py. `tokens` and
-# the seed are the same for all `runs`; the `ablations` are shorter, with the first seed alone, and
-# are compared with the first of them.
+# the seed are the same for all `runs`, of which the first is compared with each of the others.
 seeds = [1337, 1338, 1339]
 tokens = 4_300_800           # that each of the runs is trained on
-ablation_tokens = 1_075_200  # that each of the ablations is trained on
 
-common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=0,
-              n_global=4, n_layer=4, n_head=4, n_embd=128, segment_size=12, block_size=96,
-              batch_size=16, learning_rate=4e-3, min_lr=1e-4, weight_decay=0.5)
+common = dict(dataset='shakespeare', model_type='fold', n_local=0, n_global=4, n_layer=4,
+              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=16,
+              learning_rate=4e-3, min_lr=1e-4, weight_decay=0.5)
 runs = {
     'fold': dict(),
     # windows are cut from stretches of 96 tokens: every run sees the same text in the same order
@@ -16,19 +14,6 @@ runs = {
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=96),
     'GPT, window 96': dict(model_type='gpt'),
     'fold, carry dropped': dict(past='none'),
-}
-same_window = 'GPT, window 12'  # the two that the first of the runs is compared with
-full_window = 'GPT, window 96'
-ablations = {
-    'fold, short': dict(),
-    'gated carry': dict(carry='gated'),
-    'past half frozen': dict(past='frozen'),
-    '1 local, 3 global layers': dict(n_local=1, n_global=3),
-    '2 local, 2 global layers': dict(n_local=2, n_global=2),
-    '3 local, 1 global layer': dict(n_local=3, n_global=1),
-    'segments of 6': dict(segment_size=6),
-    'segments of 24': dict(segment_size=24),
-    'segments of 48': dict(segment_size=48),
 }
 # settings of probe.py
 probe = dict(histories='0,12,24,36,48,72,96,144,192', targets=500, words=50)

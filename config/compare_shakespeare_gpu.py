@@ -15,7 +15,6 @@ runs = {
     'fold, segments of 64': dict(segment_size=64),
     'GPT, window 256': dict(model_type='gpt'),
 }
-full_window = 'GPT, window 256'  # that the first of the runs is compared with
 # settings of probe.py
 probe = dict(histories='0,12,24,36,48,72,96,144,192,264,384', targets=2000, words=200)
 prompts = ['ROMEO:\n', 'First Citizen:\nWe are ']

@@ -55,7 +55,7 @@ def read_text(saved, p):
     if p.file:
         try:
             with open(p.file, encoding='utf-8-sig', newline='') as f:  # as prepare.py reads texts
-                ids = tokenizer.encode_array(f.read())
+                ids = tokenizer.encode(f.read())
         except (OSError, ValueError) as error:
             raise SystemExit(f'error: cannot read the text, as UTF-8: {error}') from None
     else:

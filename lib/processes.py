@@ -57,15 +57,11 @@ def average_gradients(model):
     for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(averaged.view_as(grad))
 
-def sum_over(value):
-    """The sum of a tensor over the processes."""
-    if WORLD > 1:
-        dist.all_reduce(value)
-    return value
-
 def mean(value):
     """The mean of a tensor over the processes."""
-    return sum_over(value) / WORLD
+    if WORLD > 1:
+        dist.all_reduce(value)
+    return value / WORLD
 
 def my_share(rows):
     """The part of the rows of a batch that this process computes."""

@@ -1,16 +1,11 @@
 """The report of a comparison: its record, and the tables and pictures made from that alone.
 
-The parts of a comparison are the records of its runs. Settings: name, ablation, those of train.py.
-Metrics: those of training and, if new, of the probe, and text, order, scored, state_bytes,
-generated_tokens_per_s. Curves: of both. Notes: what it wrote after each of the prompts.
+The parts of a comparison are the records of its runs. Settings: name, those of train.py.
+Metrics: those of training and, if new, of the probe, and text, state_bytes. Curves: of both. Notes:
+what it wrote after each of the prompts.
 """
-import hashlib
 import os
-import statistics
-import time
 from textwrap import indent
-
-import torch
 
 from lib.checkpoint import load, load_model
 from lib.device import pick_device
@@ -18,81 +13,58 @@ from lib.docs import fill, markdown, merged
 from lib.files import write_file
 from lib.pictures import curves
 from lib.records import load_record, make_record, metric
-from lib.streaming import new_state, read_, stream
+from lib.streaming import new_state
 
-PROMPT, NEW, ROUNDS = 240, 96, 5  # speed of generation: tokens read, tokens written, readings
 MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/tokens|,.0f}',
+        'text': '{metrics/text}',
         'validation loss': '{metrics/loss|.4f} ± {metrics/loss/sd|.4f} || {metrics/loss|.4f}',
         'training tokens/s': '{metrics/tokens_per_s|,.0f}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
-        'state bytes': '{metrics/state_bytes|,.0f}',
-        'generated tokens/s': '{metrics/generated_tokens_per_s|,.0f}'}
+        'state bytes': '{metrics/state_bytes|,.0f}'}
 PRESERVED = {'preserved context': '{metrics/preserved context}'}
-EQUAL = {'parameters': MAIN['parameters'], 'tokens': MAIN['training tokens'],
-         'text': '{metrics/text}', 'order': '{metrics/order}', 'scored': '{metrics/scored}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 
 def make(c, runs, s):
     """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
     complete leaves a note; s: the settings of compare.py."""
-    done, device = [run for run in runs if run.complete()], pick_device(s.device)
-    parts, models = zip(*map(part, done))
-    for record, speed in zip(parts, generation_speeds(models, device)):
-        record['metrics']['generated_tokens_per_s'] = metric(speed, n=ROUNDS)
+    done = [run for run in runs if run.complete()]
+    parts = [part(run) for run in done]
     settings = {key: c[key] for key in c if key != 'seeds' and type(c[key]) is not dict}
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
     notes = [f'{run.name}, seed {run.seed}: {run.error or "not run to its end"}'
              for run in runs if run not in done]
-    return make_record('comparison', settings, c['seeds'], differences(parts, c), notes=notes,
-                       parts=parts, device=device)
+    return make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
+                       parts=parts, device=pick_device(s.device))
 
 def part(run):
-    """The record of a run, from those that its folder holds, and its model."""
+    """The record of a run, from those that its folder holds."""
     trained, probed = (load_record(run.folder / f'{name}.json') for name in ('record', 'probe'))
     saved = load(run.folder / 'last.pt')
-    model = load_model(saved)
-    order = hashlib.sha256(saved['task_state']['generator'].numpy().tobytes()).hexdigest()
+    state = new_state(load_model(saved))
     text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
-                        'order': metric(order[:12]), 'state_bytes': metric(new_state(model).nbytes),
-                        'scored': metric(trained['settings']['eval_tokens'] or 'all')},
-            'settings': {'name': run.name, 'ablation': run.ablation, **run.settings},
-            'curves': {**trained['curves'], **probed['curves']}}, model
+                        'state_bytes': metric(state.nbytes)},
+            'settings': {'name': run.name, **run.settings},
+            'curves': {**trained['curves'], **probed['curves']}}
 
-@torch.no_grad()
-def generation_speeds(models, device):
-    """Tokens per second that each model writes after PROMPT tokens: medians, taking turns."""
-    rates = [[] for _ in models]
-    for rate, model in [*zip(rates, models)] * ROUNDS:
-        prompt = torch.zeros(1, PROMPT, dtype=torch.int64, device=device)
-        state = new_state(model.to(device).eval())
-        read_(model, prompt, state)
-        start = time.perf_counter()
-        list(stream(model, prompt[:, :0], state, NEW, temperature=0))
-        rate.append(NEW / (time.perf_counter() - start))
-    return [statistics.median(rate) for rate in rates]
-
-def differences(parts, c):
-    """Metrics: the loss of the first run minus that of same_window and of full_window, and of each
-    ablation minus that of the first of them, with their standard errors over the seeds."""
-    rows, found = rows_of(parts, None, '{name}'), {}
-    first, short = next(iter(c['runs'])), next(iter(c['ablations']), '')
-    pairs = [(first, c['same_window']), (first, c['full_window'])]
-    for names in pairs + [(name, short) for name in c['ablations']]:
-        if {*names} <= rows.keys() and len({*names}) == 2:
-            a, b = (rows[name]['metrics']['loss'] for name in names)
-            spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
-            error = sum(spread) ** 0.5 if len(spread) == 2 else None
-            found[' minus '.join(names)] = metric(a['value'] - b['value'], error)
+def differences(parts):
+    """Metrics: the loss of the first run minus that of each other, with their standard errors over
+    the seeds."""
+    (first, one), *others = rows_of(parts, '{name}').items()
+    a, found = one['metrics']['loss'], {}
+    for name, other in others:
+        b = other['metrics']['loss']
+        spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
+        error = sum(spread) ** 0.5 if len(spread) == 2 else None
+        found[f'{first} minus {name}'] = metric(a['value'] - b['value'], error)
     return found
 
-def rows_of(parts, ablation=False, label='{name}, {seed}'):
-    """{label: part} of the runs, the ablations or, with None, both; those of a label merged."""
+def rows_of(parts, label='{name}, {seed}'):
+    """{label: part} of the runs, those of a label merged."""
     found = {}
     for part in parts:
-        if ablation in (None, part['settings']['ablation']):
-            found.setdefault(label.format(**part['settings']), []).append(part)
+        found.setdefault(label.format(**part['settings']), []).append(part)
     return {label: merged(some) for label, some in found.items()}
 
 def table(rows, columns):
@@ -121,22 +93,20 @@ def difference_table(metrics):
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
     parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
-    runs, short, models = rows_of(parts), rows_of(parts, True), rows_of(parts, label='{name}')
+    runs, models = rows_of(parts), rows_of(parts, '{name}')
     sections = [
         '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
         'time. Losses are in nats per token, ± the standard deviation over the seeds.',
         f"Left out: {'; '.join(record['notes']) or 'none'}.", table(models, MAIN),
         difference_table(record['metrics']), 'Ahead or behind: by more than three standard errors '
-        'over the seeds. Speeds are medians. FLOPs: of matrix products, forward and backward.',
+        'over the seeds. The speed is a median. FLOPs: of matrix products, forward and backward.',
         '![](loss.png)', '## Loss by the tokens of history before a segment',
         context_table(runs), '![](context.png)',
         'What still longer history is worth, with 95 % intervals:',
         table(runs, columns_of('worth of longer history', runs, INTERVAL)),
         '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
         'the least number of tokens between, with 95 % intervals:',
-        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)),
-        '## Ablations', table(short, {**MAIN, **PRESERVED}), context_table(short),
-        '## What is equal', table({**runs, **short}, EQUAL), '## Samples']
+        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)), '## Samples']
     for i, prompt in enumerate(record['settings']['prompts']):
         sections.append(f'### {prompt.strip()}')
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
@@ -146,5 +116,4 @@ def write(record, folder):
     for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
         shown = {label: model['curves'][name] for label, model in models.items()}
-        if shown:
-            curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')
+        curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')

@@ -14,7 +14,7 @@ def rowwise(function, *values):
 class Rows(SimpleNamespace):
     """Rows of a batch: each attribute is a tensor, a tuple of tensors, or None, rows first.
 
-    Streams through a corpus, sequences that walk on, and streaming states are all kept so.
+    Sequences that walk on and streaming states are both kept so.
     """
 
     def __len__(self):
@@ -39,9 +39,6 @@ class Rows(SimpleNamespace):
                 mine[rows] = new.to(mine.dtype)
         for name, value in vars(other).items():
             if value is not None:
-                if getattr(self, name) is None:
-                    n = len(self)
-                    setattr(self, name, rowwise(lambda x: x.new_zeros(n, *x.shape[1:]), value))
                 rowwise(replace, getattr(self, name), value)
 
     def join(self, other):

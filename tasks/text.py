@@ -5,40 +5,27 @@ import numpy as np
 import torch
 
 from configurator import at_least
-from lib.console import require, say
+from lib.console import require
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
-from lib.processes import WORLD, from_writer, mean, my_share, sum_over
+from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
-from lib.rows import Rows, rowwise
+from lib.rows import rowwise
 from lib.scoring import mean_and_error, token_losses
-from prepare import DownloadError, load_meta, prepare
+from prepare import load_meta, prepare
 
 dataset = 'shakespeare'  # folder under data_dir; a built-in corpus is prepared if it is missing
-offline_dataset = ''     # used, loudly, where dataset cannot be downloaded; '' stops instead
 data_dir = 'data'        # folder of the prepared data sets
 stretch = 0              # tokens drawn in one piece, cut into sequences; 0 is block_size
 stream = False           # rows read the corpus in order, a carry passing from update to update
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
 
-def open_data(s, name):
-    """Folder and meta of a data set, which is prepared now if it is missing."""
-    folder = os.path.join(ROOT, s.data_dir, name)
+def open_data(s):
+    """Folder and meta of the data set, which is prepared now if it is missing."""
+    folder = os.path.join(ROOT, s.data_dir, s.dataset)
     if not os.path.exists(os.path.join(folder, 'meta.json')):
-        prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
+        prepare(s.dataset, data_dir=os.path.join(ROOT, s.data_dir))
     return folder, load_meta(folder)
-
-def find_data(s):
-    """Name, folder and meta of the data set; of the offline one if it cannot be had."""
-    try:
-        return s.dataset, *open_data(s, s.dataset)
-    except DownloadError as error:
-        if s.offline_dataset in ('', s.dataset):
-            raise
-        say(f"{error}\n{'!' * 80}\n!!! '{s.dataset}' cannot be downloaded. TRAINING ON "
-            f"'{s.offline_dataset}' INSTEAD (offline_dataset);\n!!! do not compare the losses.\n"
-            f"{'!' * 80}")
-        return s.offline_dataset, *open_data(s, s.offline_dataset)
 
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""
@@ -52,27 +39,22 @@ class Task:
         require(not (s.stretch and s.stream), 'stream=True reads in order: set stretch=0')
         require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} '
                 f'sequences equally, in stretches of {span} tokens')
-        name, folder, meta = from_writer(lambda: find_data(s))
+        folder, meta = from_writer(lambda: open_data(s))
         self.s, self.tokenizer, self.span = s, meta['tokenizer'], span
-        self.data = {'dataset': name, 'wanted': s.dataset, 'sha256': meta['sha256']}
+        self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
         self.sizes = {'vocab_size': meta['vocab_size']}
         self.train_data, val_data = (np.memmap(os.path.join(folder, f'{part}.bin'), np.uint16, 'r')
                                      for part in ('train', 'val'))
         val_data = val_data[:s.eval_tokens or None]
-        require(len(self.train_data) > span and len(val_data) > 1, f"data set '{name}' is too "
-                f'short ({len(self.train_data)} training and {len(val_data)} validation tokens) '
+        require(len(self.train_data) > span and len(val_data) > 1, f"'{s.dataset}' is too short "
+                f'({len(self.train_data)} training and {len(val_data)} validation tokens) '
                 f'for sequences of {span}: lower block_size or take a longer text')
         self.val_data = torch.from_numpy(val_data.astype(np.int64))
         self.generator = torch.Generator().manual_seed(s.seed)
         rows = torch.arange(B * s.gradient_accumulation_steps)  # of an update
         self.micro_batches = rows.split(B)
-        self.streams = s.stream and Rows(at=rows * (len(self.train_data) - T) // len(rows),
-                                         fresh=torch.ones(len(rows), dtype=bool), carry=None)
-
-    @property
-    def note(self):
-        name, wanted = self.data['dataset'], self.data['wanted']
-        return '' if name == wanted else f' [data: {name}, in place of {wanted}]'
+        self.at = rows * (len(self.train_data) - T) // len(rows)  # of all streams
+        self.carries = [None] * len(self.micro_batches)  # of this process's share of each
 
     def start(self, model, device, autocast):
         self.model, self.val_data = model, self.val_data.to(device)
@@ -81,35 +63,20 @@ class Task:
 
     def backward(self):
         total, n = 0.0, len(self.micro_batches)
-        for rows in self.micro_batches:
-            if self.streams:
-                total += self.backward_streams(rows, 1 / n)
-            else:
-                x, y = self.random_sequences()
-                total += backpropagate(self.model, x, y, share=1 / n, **self.kwargs)[0]
+        for i, rows in enumerate(self.micro_batches):
+            x, y = self.next_of_streams(rows) if self.s.stream else self.random_sequences()
+            loss, carry = backpropagate(self.model, x, y, self.carries[i], 1 / n, **self.kwargs)
+            self.carries[i] = carry if self.s.stream else None
+            total += loss
         return mean(total), n * self.s.batch_size * self.s.block_size
 
-    def backward_streams(self, rows, share):
-        """backward of this process's share of the streams `rows`; keeps their carries. Stream r of
-        R starts at r / R of the corpus. With less than a whole sequence before it, it begins anew
-        at token 0, its carry dropped: what it skips stands elsewhere in those of other streams."""
-        streams, T, total = self.streams, self.s.block_size, 0.0
-        ended = rows[streams.at[rows] + T >= len(self.train_data)]  # the last one is a target alone
-        streams.at[ended], streams.fresh[ended] = 0, True
-        own = my_share(rows)
-        x, y = self.sequences(streams.at[own], T)
-        for fresh in (False, True):  # those with a carry, those without
-            some = (streams.fresh[own] == fresh).nonzero()[:, 0]
-            if len(some):
-                carry = None if fresh else rowwise(lambda c: c[own[some]], streams.carry)
-                part = share * len(some) / len(own)
-                loss, carry = backpropagate(self.model, x[some], y[some], carry, part,
-                                            **self.kwargs)
-                streams.put(own[some], Rows(carry=carry))
-                total += loss
-        streams.at[rows] += T
-        streams.fresh[rows] = carry is None
-        return total
+    def next_of_streams(self, rows):
+        """This process's share of the next sequences of the streams `rows`. Stream r of R starts at
+        r / R of the corpus; with less than a whole sequence before it, it goes on at token 0."""
+        at, T = self.at[rows], self.s.block_size
+        at[at + T >= len(self.train_data)] = 0  # the last token is a target alone
+        self.at[rows] = at + T
+        return self.sequences(my_share(at), T)
 
     def random_sequences(self):
         """This process's share of a micro-batch; all processes draw all of it, so that it does not
@@ -138,20 +105,16 @@ class Task:
 
     def state(self):
         """Where the random numbers of the data and the streams stand, of all processes."""
-        state = {'generator': self.generator.get_state(), 'streams': None}
-        if self.streams:
-            own = torch.cat([my_share(rows) for rows in self.micro_batches])
-            carry = rowwise(lambda c: sum_over(torch.zeros_like(c).index_copy(
-                0, own.to(c.device), c[own])), self.streams.carry)
-            state['streams'] = {**vars(self.streams), 'carry': carry}
-        return state
+        carries = [rowwise(lambda *shares: torch.cat(shares),
+                           *from_all(rowwise(torch.Tensor.cpu, carry))) for carry in self.carries]
+        return {'generator': self.generator.get_state(), 'at': self.at, 'carries': carries}
 
     def load_state(self, state, device):
         self.generator.set_state(state['generator'])
-        if self.streams and state['streams']:
-            have, streams = len(self.streams), Rows(**state['streams'])
-            require(len(streams) == have, f"the checkpoint's streams are {len(streams)} rows, "
-                    f'batch_size * gradient_accumulation_steps is {have}: stream=False goes on '
-                    f'without them')
-            streams.carry = rowwise(lambda c: c.to(device), streams.carry)
-            self.streams = streams
+        if self.s.stream:
+            require(len(state['at']) == len(self.at), f"the checkpoint's streams are "
+                    f"{len(state['at'])} rows, batch_size * gradient_accumulation_steps is "
+                    f'{len(self.at)}: stream=False goes on without them')
+            self.at = state['at']
+            self.carries = [rowwise(lambda c: my_share(c).to(device), carry)
+                            for carry in state['carries']]

@@ -51,7 +51,7 @@ def data_dir(tmp_path_factory):
     from prepare import prepare
     folder = tmp_path_factory.mktemp('data')
     (folder / 'tiny.txt').write_text(TEXT)
-    prepare('tiny', file=str(folder / 'tiny.txt'), data_dir=str(folder), quiet=True)
+    prepare('tiny', file=str(folder / 'tiny.txt'), data_dir=str(folder))
     return folder
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def main(kills, seed=0):
         path = os.path.join(folder, 'sums.txt')
         with open(path, 'w') as f:
             f.write(TEXT)
-        prepare('sums', file=path, data_dir=folder, quiet=True)
+        prepare('sums', file=path, data_dir=folder)
         with ThreadPoolExecutor() as threads:  # that wait for processes
             list(threads.map(lambda task: disturbed_and_not(
                 task, folder, kills, random.Random(f'{seed} {task}')), TASKS))

@@ -1,4 +1,5 @@
 """The comparison from start to report, on runs of seconds; what is equal in it; its arithmetic."""
+import glob
 import os
 import shutil
 import signal
@@ -21,14 +22,11 @@ from tasks.text import Task
 FILE = '''
 seeds = [1, 2]
 tokens = 384
-ablation_tokens = 192
 common = {'dataset': 'tiny', 'model_type': 'fold', 'n_local': 1, 'n_global': 1, 'n_layer': 2,
           'n_head': 2, 'n_embd': 16, 'segment_size': 12, 'block_size': 24, 'batch_size': 2,
           'warmup_iters': 1, 'log_interval': 2}
 runs = {'fold': {}, 'GPT, window 12': {'model_type': 'gpt', 'block_size': 12, 'batch_size': 4,
                                        'stretch': 24}}
-same_window = 'GPT, window 12'
-ablations = {'as it is': {}, 'segments of 6': {'segment_size': 6}}
 probe = {'histories': '0,12,24', 'targets': 4, 'words': 9, 'resamples': 20,
          'bins': '96,192,480'}
 prompts = ['1 ape']
@@ -80,30 +78,29 @@ def again(compared, tmp_path, monkeypatch):
 def test_from_start_to_report(compared):
     runs, record = compared[0], load_record(compared[0] / 'comparison.json')
     text = (runs / 'report.md').read_text()
-    assert len(record['parts']) == 6 and not record['notes']
+    assert len(record['parts']) == 4 and not record['notes']
     main = report.table(report.rows_of(record['parts'], label='{name}'), report.MAIN)
     assert '|  |' not in main[4:] and main in text
-    for ablation in (False, True):
-        assert report.context_table(report.rows_of(record['parts'], ablation)) in text
+    assert report.context_table(report.rows_of(record['parts'])) in text
     assert report.difference_table(record['metrics']) in text
     assert '### 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
 
 def test_equal_means_equal(compared):
     parts = load_record(compared[0] / 'comparison.json')['parts']
-    for ablation in (False, True):
-        some = [part for part in parts if part['settings']['ablation'] is ablation]
-        for name in ('parameters', 'tokens', 'text', 'scored'):
-            assert len({part['metrics'][name]['value'] for part in some}) == 1
-        orders = {(part['seeds'][0], part['metrics']['order']['value']) for part in some}
-        assert len(orders) == len({seed for seed, _ in orders}) == len({o for _, o in orders})
+    for name in ('parameters', 'tokens', 'text'):
+        assert len({part['metrics'][name]['value'] for part in parts}) == 1
+    for seed in (1, 2):
+        first, second = (torch.load(compared[0] / f'{name}_{seed}' / 'last.pt', weights_only=True)
+                         for name in ('fold', 'GPT_window_12'))
+        assert torch.equal(first['task_state']['generator'], second['task_state']['generator'])
 
 def test_every_model_sees_the_same_batches(data_dir):
     batches = []
     for block_size, batch_size, stretch in ((4, 16, 16), (16, 4, 0)):
-        s = SimpleNamespace(dataset='tiny', offline_dataset='', data_dir=str(data_dir), seed=7,
-                            stream=False, eval_tokens=0, gradient_accumulation_steps=1,
-                            block_size=block_size, batch_size=batch_size, stretch=stretch)
+        s = SimpleNamespace(dataset='tiny', data_dir=str(data_dir), seed=7, stream=False,
+                            eval_tokens=0, gradient_accumulation_steps=1, block_size=block_size,
+                            batch_size=batch_size, stretch=stretch)
         batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))
     assert torch.equal(*batches)
 
@@ -114,13 +111,13 @@ def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     changed = {str(path) for path, old in before.items() if (runs / path).read_bytes() != old}
     assert changed == {'fold_1/probe.json', 'fold_2/probe.json', 'fold_1/samples.json'}
     record = load_record(runs / 'comparison.json')
-    assert len(record['parts']) == 2 and len(record['notes']) == 4 and not error
+    assert len(record['parts']) == 2 and len(record['notes']) == 2 and not error
     assert record['parts'][0]['notes'][1].startswith('2 b')
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     runs, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, ",
-                         "as it is': {}": "as it is': {'dropout': 0.1}"}, '--seeds=1')
-    assert error == 'error: 2 of 5 runs are not complete'
+                         "'stretch'": "'dropout': 0.1, 'stretch'"}, '--seeds=1')
+    assert error == 'error: 2 of 3 runs are not complete'
     notes = load_record(runs / 'comparison.json')['notes']
     assert 'three heads, seed 1: error: n_embd=16 must be a multiple of n_head=3' in notes
     assert 'holds a run with another dropout, None in place of 0.1: delete it' in notes[1]
@@ -130,27 +127,27 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(again):
 
 def test_results_are_written_if_asked(again, tmp_path):
     assert again({}, '--only_report=True', '--record=True')[1] == ''
-    assert len(load_record(tmp_path / 'results' / 'small.json')['parts']) == 6
+    assert len(load_record(tmp_path / 'results' / 'small.json')['parts']) == 4
     assert 'no --record with' in again({}, '--record=True', '--quick=True')[1]
     assert 'the runs are fold; GPT, window' in again({}, '--only=fold; GPT')[1]
 
 @pytest.mark.parametrize('old, new, words', [
     ('[1, 2]', '[1, 1]', 'seeds be different numbers'),
     ("'batch_size': 2", "'batch_size': 0", 'must be whole numbers from 1 on'),
-    ("'as it is': {}", "'as it is': 3", 'each of ablations must be of type dict, not 3'),
-    ('tokens = 384', 'tokens = 385', 'divides the 385 of tokens, not [2, 24, 1]'),
+    ("'fold': {}", "'fold': 3", 'each of runs must be of type dict, not 3'),
+    ('tokens = 384', 'tokens = 385', 'divides tokens=385, not [2, 24, 1]'),
     ('tokens = 384', "tokens = 'all'", "tokens must be of type int, not 'all'"),
-    ('prompts', 'prompt', 'did you mean prompts?'), ("'GPT, window 12'\n", "'x'\n", 'is none of'),
-    ("'segments of 6'", "'as_it_is'", 'differ in no letter'), ('12\n', '\n', 'SyntaxError')])
+    ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
+    ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     (tmp_path / 'wrong.py').write_text(FILE.replace(old, new, 1))
     refused = run('compare.py', tmp_path / 'wrong.py', f'--out_dir={tmp_path}')
     assert refused.code == 1 and words in refused.err and refused.err.count('\n') == 1
     assert 'name a comparison' in run('compare.py').err
 
-def part(name, seed, loss, ablation=False, points=()):
-    return {'settings': {'name': name, 'seed': seed, 'ablation': ablation},
-            'metrics': {'loss': metric(loss)}, 'curves': {'context curve': {'points': points}}}
+def part(name, seed, loss, points=()):
+    return {'settings': {'name': name, 'seed': seed}, 'metrics': {'loss': metric(loss)},
+            'curves': {'context curve': {'points': points}}}
 
 @pytest.mark.parametrize('losses, value, error, verdict', [
     ([1.0, 1.2, 1.1], -0.5, (2 * 0.01 / 3) ** 0.5, 'ahead'), ([2.2, 2.0, 2.1], 0.5, None, 'behind'),
@@ -158,10 +155,8 @@ def part(name, seed, loss, ablation=False, points=()):
 def test_differences_of_means_over_seeds(losses, value, error, verdict):
     parts = [part('a', seed, loss) for seed, loss in enumerate(losses)]
     parts += [part('b', seed, loss) for seed, loss in enumerate([1.5, 1.7, 1.6])]
-    parts += [part('short', 0, 3.0, True), part('other', 0, 2.9, True)]
-    found = report.differences(parts, {'runs': ['a', 'b'], 'ablations': ['short', 'other'],
-                                       'same_window': 'b', 'full_window': ''})
-    assert found.keys() == {'a minus b', 'other minus short'}
+    found = report.differences(parts + [part('c', 0, 1.0)])
+    assert found.keys() == {'a minus b', 'a minus c'}
     assert found['a minus b']['value'] == pytest.approx(value)
     assert error is None or found['a minus b']['error'] == pytest.approx(error)
     assert f'| {verdict} |' in report.difference_table(found).splitlines()[2]
@@ -173,17 +168,15 @@ def test_tables_of_curves():
         '|  | 0 | 12 | 24 | preserved context |', '| --- | --- | --- | --- | --- |',
         '| a, 0 | 2.5000 | 2.0000 |  |  |', '| a, 1 |  |  | 3.0000 |  |']
 
-@pytest.mark.parametrize('name', ['shakespeare', 'python', 'shakespeare_gpu', 'python_long',
-                                  'python_longest', 'python_reach', 'bpe'])
+@pytest.mark.parametrize('name', sorted(glob.glob('compare_*', root_dir=f'{ROOT}/config')))
 def test_the_plans_of_the_comparisons_in_the_repository(name):
     """The same tokens, and models of the same parameters but for what a run is there to change."""
-    c = compare.read_comparison(os.path.join(ROOT, 'config', f'compare_{name}.py'))
+    c = compare.read_comparison(os.path.join(ROOT, 'config', name))
     found = compare.plan(c, 'runs')
     assert {run.settings['max_iters'] for run in compare.plan(c, 'runs', quick=True)} == {4}
-    for ablation in (False, True):
-        some = [run for run in found if run.ablation is ablation and run.seed == c['seeds'][0]]
-        sizes = [{**run.settings, 'bias': False, 'vocab_size': 65} for run in some
-                 if run.settings.get('carry') != 'gated' and '192 channels' != run.name]
-        models = [make_model(size['model_type'], size) for size in sizes]
-        assert len({run.tokens for run in some}) <= 1
-        assert len({count_parameters(model) for model in models}) <= 1
+    some = [run for run in found if run.seed == c['seeds'][0]]
+    sizes = [{**run.settings, 'bias': False, 'vocab_size': 65} for run in some
+             if run.settings.get('carry') != 'gated' and '192 channels' != run.name]
+    models = [make_model(size['model_type'], size) for size in sizes]
+    assert len({run.tokens for run in some}) == 1
+    assert len({count_parameters(model) for model in models}) == 1

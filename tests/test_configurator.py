@@ -89,8 +89,6 @@ def test_keys_are_the_public_plain_values_of_a_namespace_and_read_only(settings,
     assert (s.note, changed.note, changed.batch_size, changed.given) == ('x', 'y', 5, s.given)
     with pytest.raises(AttributeError, match='read-only'):
         s.note = 'y'
-    with pytest.raises(TypeError, match='new'):
-        s.replace(new=1)
 
 @pytest.mark.parametrize('key, texts, value', [
     ('batch_size', ['4', '4.0', '0_4', '4e0'], 4), ('dropout', ['inf'], float('inf')),
@@ -201,9 +199,9 @@ def test_small_helpers():
     assert show(Settings({'a': 1, 'long': 'x'})) == "a    = 1\nlong = 'x'"
     check_error('a must be at least 2, not 1', at_least, Settings({'a': 1}), a=2)
     check_error("a must be one of 2, 'y', not 1", one_of, Settings({'a': 1}), a=(2, 'y'))
-    assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1, multiple=12)]
-    for text in ('', '12,x', '0', '1.5', '12,20', '-12'):
-        check_error('at must be whole numbers', numbers, 'at', text, least=1, multiple=12)
+    assert numbers('at', ' 48,12, 48,0') == [0, *numbers('at', '12,48', least=1)]
+    for text in ('', '12,x', '0', '1.5', '-12'):
+        check_error('at must be whole numbers', numbers, 'at', text, least=1)
 
 @pytest.mark.parametrize('end, words', [('raise KeyboardInterrupt', 'stopped\n'),
                                         ('1 / 0', 'Error'), ("print('x', flush=True)", '')])

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 import prepare
-from prepare import DownloadError, Tokenizer, load_meta
+from prepare import Tokenizer, load_meta
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = 'To be,\r or\0not\u2028to be\x85\x1cé😀\n' * 4
@@ -30,16 +30,15 @@ def here(tmp_path, monkeypatch):
 def make(text=TEXT, dataset='mine', **settings):
     """Write a text and prepare it in the folder `data`."""
     Path('my.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
-    settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), 'quiet': True, **settings}
+    settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), **settings}
     return prepare.prepare(dataset, **settings)
 
-def check_error(words, call, *args, kind=SystemExit, **kwargs):
+def check_error(words, call, *args, **kwargs):
     """A SystemExit in one line that holds all of the words, which | separates."""
     with pytest.raises(SystemExit) as caught:
         call(*args, **kwargs)
     message = caught.value.code
-    assert type(caught.value) is kind and message.startswith('error: ')
-    assert '\n' not in message and len(message) < 600, message
+    assert message.startswith('error: ') and '\n' not in message and len(message) < 600, message
     assert all(word in message for word in words.split('|')), message
 
 def command(*argv, setup=''):
@@ -61,7 +60,7 @@ def fail_with(error):
     return call
 
 def test_data_set_of_characters(capsys, here, monkeypatch):
-    folder = make(quiet=False)
+    folder = make()
     chars, n_train = ''.join(sorted(set(TEXT))), int(0.9 * len(TEXT))
     assert folder == os.path.abspath('data/mine') and sorted(os.listdir(folder)) == PARTS
     hashes = {part: sha256(Path(folder, part).read_bytes()) for part in PARTS[1:]}
@@ -72,13 +71,13 @@ def test_data_set_of_characters(capsys, here, monkeypatch):
     assert Tokenizer(load_meta(folder)['tokenizer']).decode(ids_of(folder, 'train', 'val')) == TEXT
     assert capsys.readouterr().out.startswith('mine: 90 training and 10 validation tokens, ')
     monkeypatch.setattr(prepare, 'HERE', str(here / 'program'))  # relative paths lie beside it
-    assert make(data_dir='d') == str(here / 'program/d/mine') and capsys.readouterr().out == ''
+    assert make(data_dir='d') == str(here / 'program/d/mine')
 
 def test_line_ends_are_kept_or_turned_into_those_of_unix(capsys):
     raw = b'\xef\xbb\xbf' + b'ab\r\n' * 10 + b'c\rd'
-    kept = load_meta(make(raw, quiet=False))
+    kept = load_meta(make(raw))
     assert 'my.txt: 10 lines end in \\r\\n; --newlines=unix ' in capsys.readouterr().out
-    unix = load_meta(make(raw, newlines='unix', quiet=False))
+    unix = load_meta(make(raw, newlines='unix'))
     assert unix['tokenizer']['chars'] == kept['tokenizer']['chars'] == '\n\rabcd'
     assert (kept['n_chars'], unix['n_chars']) == (43, 33)
     assert capsys.readouterr().out.count('\n') == 1
@@ -159,13 +158,11 @@ def test_damaged_data_set(name, content, words):
 
 def test_characters_there_and_back():
     tokenizer = Tokenizer(json.loads(json.dumps({'kind': 'char', 'chars': '\nabé😀'})))
-    ids = tokenizer.encode('b😀\na')
-    assert tokenizer.vocab_size == 5 and ids == [2, 4, 0, 1] and {*map(type, ids)} == {int}
-    assert tokenizer.encode('') == [] and tokenizer.decode([]) == ''
+    ids = tokenizer.encode('b😀\na').tolist()
+    assert tokenizer.vocab_size == 5 and ids == [2, 4, 0, 1]
+    assert tokenizer.encode('').tolist() == [] and tokenizer.decode([]) == ''
     assert tokenizer.decode(np.array(ids)) == 'b😀\na'
-    assert tokenizer.encode_array('é').dtype == 'u2'
-    for bad in (-1, 5):
-        check_error(f'token ids [{bad}] are outside', tokenizer.decode, [0, bad])
+    assert tokenizer.encode('é').dtype == 'u2'
     for text, words in (('abc', "'c'|U+0063|position 102|gpt2"), ('\0', '\\x00|U+0000'),
                         ('\U0001f601', 'U+1F601|position 100'), ('\udcff', "'\\udcff'|U+DCFF")):
         check_error(words, tokenizer.encode, text, start=100)
@@ -186,16 +183,15 @@ def test_gpt2():
         gpt2 = Tokenizer({'kind': 'gpt2'})
     except SystemExit as error:
         pytest.skip(str(error)[:100])
-    assert gpt2.encode('hello world') == [31373, 995] and gpt2.vocab_size == 50257
-    assert gpt2.decode(gpt2.encode(TEXT)) == TEXT
-    assert gpt2.decode(gpt2.encode('😀')[:1]) == '\ufffd'
+    assert gpt2.encode('hello world').tolist() == [31373, 995] and gpt2.vocab_size == 50257
+    assert gpt2.decode(gpt2.encode(TEXT).tolist()) == TEXT
+    assert gpt2.decode(gpt2.encode('😀').tolist()[:1]) == '\ufffd'
     assert 50256 not in gpt2.encode('<|endoftext|>')
     assert len(gpt2.encode('^' * 1_000_000)) == 250_000
-    check_error('outside', gpt2.decode, [50257])
     folder = make(tokenizer='gpt2')
     meta = load_meta(folder)
     assert (meta['vocab_size'], meta['tokenizer'], len(TEXT)) == (50257, gpt2.spec, meta['n_chars'])
-    assert gpt2.decode(ids_of(folder, 'train', 'val')) == TEXT
+    assert gpt2.decode(ids_of(folder, 'train', 'val').tolist()) == TEXT
 
 def test_gpt2_that_cannot_be_loaded(monkeypatch):
     offline = fail_with(ConnectionError('no\nroute ' + 'x ' * 999))
@@ -205,7 +201,7 @@ def test_gpt2_that_cannot_be_loaded(monkeypatch):
     assert not os.path.exists('data')
 
 def test_python_text(here, monkeypatch):
-    folder = prepare.prepare('python', data_dir=str(here), quiet=True)
+    folder = prepare.prepare('python', data_dir=str(here))
     meta = load_meta(folder)
     assert meta['source'] == 'Python ' + '.'.join(map(str, sys.version_info[:3]))
     assert set(meta['tokenizer']['chars']) <= {*map(chr, range(32, 127)), '\n', '\t'}
@@ -237,19 +233,19 @@ def web(monkeypatch):
     monkeypatch.setattr(prepare.time, 'sleep', web.pauses.append)
     return web
 
-def shakespeare(folder='.', quiet=True, **settings):
-    return prepare.prepare('shakespeare', data_dir=os.path.abspath(folder), quiet=quiet, **settings)
+def shakespeare(folder='.', **settings):
+    return prepare.prepare('shakespeare', data_dir=os.path.abspath(folder), **settings)
 
 @pytest.mark.parametrize('failures', [[], [503], [requests.Timeout(), CUT]])
 def test_download(web, capsys, failures):
     web.answers = failures + [TRUE]
-    meta = load_meta(shakespeare('new/data', quiet=False))
+    meta = load_meta(shakespeare('new/data'))
     assert meta['source'] == 'shakespeare.txt' and meta['n_chars'] == len(TRUE)
     assert sorted(os.listdir('new/data')) == ['shakespeare', 'shakespeare.txt']
     assert web.answers == [] and web.pauses == [0, 1, 3][:len(failures) + 1]
     assert capsys.readouterr().out.startswith(f'downloading {prepare.SHAKESPEARE_URL}\n')
 
-def test_download_is_kept_and_used_again_only_if_it_is_right(web, capsys):
+def test_download_is_kept_and_used_again_only_if_it_is_right(web):
     web.answers = [TRUE]
     shakespeare()
     shakespeare(newlines='unix')
@@ -258,14 +254,13 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web, capsys):
     check_error('shakespeare.txt is not tiny Shakespeare|delete it', shakespeare)
     Path('copy.txt').write_bytes(TRUE)
     assert load_meta(shakespeare(file='copy.txt'))['source'] == 'copy.txt'
-    assert capsys.readouterr().out == ''
 
 @pytest.mark.parametrize('answer, words', [
     (404, '404'), (CUT, 'IncompleteRead'), (requests.Timeout(), 'Timeout'), (b'<html>', 'SHA-256')])
 def test_failed_download(web, answer, words):
     web.answers = [answer] * 3
-    words += f'|{prepare.SHAKESPEARE_URL}|--file=PATH|python prepare.py python'
-    check_error(words, shakespeare, kind=DownloadError)
+    words += f'|{prepare.SHAKESPEARE_URL}|--file=PATH|--dataset=python'
+    check_error(words, shakespeare)
     assert (web.answers, web.pauses, os.listdir()) == ([], [0, 1, 3], [])
     check_error('missing|with: python prepare.py shakespeare', load_meta, 'shakespeare/')
 
@@ -275,7 +270,7 @@ def test_download_without_requests_and_one_that_cannot_be_kept(web, monkeypatch)
         patch.setattr(os, 'replace', fail_with(OSError(28, 'No space left on device')))
         check_error('No space left', shakespeare)
     monkeypatch.setitem(sys.modules, 'requests', None)
-    check_error('cannot download', shakespeare, kind=DownloadError)
+    check_error('cannot download', shakespeare)
     assert os.listdir() == []
 
 def test_program(here):

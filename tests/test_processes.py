@@ -48,7 +48,7 @@ def test_two_processes_by_torchrun_learn_like_one(train, data_dir, tmp_path):
     assert_close_runs(tmp_path / 'one', tmp_path / 'two', 12)
 
 def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
-    """Beyond the end of the corpus, where a row begins anew beside one that has a carry."""
+    """Beyond the end of the corpus, where a row goes on at its start."""
     settings = dict(stream=True, block_size=80, bptt_segments=3, gradient_accumulation_steps=2,
                     dropout=0.0, eval_interval=7, threads=1, decay_from=1.0)
     train(out_dir=tmp_path / 'one', max_iters=21, **settings)

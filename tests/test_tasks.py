@@ -42,24 +42,25 @@ def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
 @pytest.mark.parametrize('mode', [dict(bptt_segments=9, recompute=True),
                                   dict(gradient_accumulation_steps=2, batch_size=2)])
 def test_a_streams_carry_is_that_of_one_long_forward(train, tmp_path, mode):
-    """And what it reads, over so many updates that one of the four rows begins anew."""
+    """And what it reads, over so many updates that one of the four rows goes on at the start."""
     steps, T, ends, expected = 15, 160, [], torch.zeros(15)
     done = train(stream=True, block_size=T, segment_size=16, dropout=0.0, max_iters=steps,
                  learning_rate=0.0, min_lr=0.0, **mode)
-    rows, job = load(tmp_path / 'out' / 'last.pt')['task_state']['streams'], done.globals['job']
+    state, job = load(tmp_path / 'out' / 'last.pt')['task_state'], done.globals['job']
+    carries = torch.cat(state['carries'])
     model, corpus = job.model.eval(), torch.from_numpy(job.train_data.astype('int64'))
     for r in range(4):
-        first, it = r * (len(corpus) - T) // 4, 0
+        first, it, carry = r * (len(corpus) - T) // 4, 0, None
         while it < steps:
             n = min(steps - it, (len(corpus) - 1 - first) // T)
             x, y = (corpus[None, first + i:first + n * T + i] for i in (0, 1))
             with torch.no_grad():
-                logits, _, carry = model(x, y)
+                logits, _, carry = model(x, y, carry)
             expected[it:it + n] += F.cross_entropy(
                 logits[0], y[0], reduction='none').view(-1, T).mean(dim=1) / 4
             ends, first, it = [*ends, first + n * T], 0, it + n
-        torch.testing.assert_close(rows['carry'][r], carry[0], rtol=0, atol=1e-4)
-        assert rows['at'][r] == ends[-1]
+        torch.testing.assert_close(carries[r], carry[0], rtol=0, atol=1e-4)
+        assert state['at'][r] == ends[-1]
     assert len(ends) == 4 + 1
     assert [loss for _, loss in records(tmp_path / 'out', 'loss')] == pytest.approx(
         expected.tolist(), abs=1e-5)
