@@ -31,6 +31,9 @@ SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 UNPRINTABLE = bytes(set(range(256)) - {*range(0x20, 0x7f), *b'\t\n'})
 
+class DownloadError(SystemExit):
+    """A text could not be downloaded; the caller may go on with another data set."""
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -75,7 +78,8 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     """Write a data set and return the path of its folder; the arguments are the settings above.
 
     A relative data_dir lies beside this file. An older data set of that name is replaced only by a
-    complete one. Raises SystemExit with a one-line message on bad input, or without a network.
+    complete one. Raises DownloadError if the text cannot be downloaded, SystemExit with a one-line
+    message on any other bad input.
     """
     _check_request(dataset, file, tokenizer, newlines)
     data_dir = os.path.join(HERE, data_dir)
@@ -190,7 +194,7 @@ def _python_text():
     return b'\n'.join(texts).translate(None, UNPRINTABLE)
 
 def _download():
-    """Return tiny Shakespeare. Raises SystemExit after the last try."""
+    """Return tiny Shakespeare. Raises DownloadError after the last try."""
     for pause in (0, 1, 3):  # seconds before each try
         time.sleep(pause)
         try:
@@ -202,9 +206,8 @@ def _download():
             reason = 'not the expected text, by its SHA-256'
         except Exception as error:  # from a missing package to a proxy's broken answer
             reason = _reason(error)
-    raise SystemExit(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy with '
-                     'python prepare.py shakespeare --file=PATH, or use what needs no network: '
-                     '--dataset=python')
+    raise DownloadError(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy '
+                        'with --file=PATH, or use what needs no network: python prepare.py python')
 
 def _write(folder, files):
     """Write {name: bytes} into a folder; what was there stays until all of it is written."""

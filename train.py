@@ -161,7 +161,7 @@ def evaluate():
     is_best, run.best = loss <= run.best, min(run.best, loss)
     write_log(iter=run.done, tokens=run.tokens, **run.val)
     standing = 'the best so far' if is_best else f'best {run.best:.4f}'
-    say(f'iter {run.done}: {job.describe(run.val)} ({standing})')
+    say(f'iter {run.done}: {job.describe(run.val)} ({standing}){job.note}')
     run.pending = False
     save(is_best)
 
@@ -184,7 +184,7 @@ def log_line(loss):
     left = run.seconds / run.done * (s.max_iters - run.done)
     shown = ''.join(f', {key} {value}' for key, value in figures.items())
     say(f'iter {run.done}: loss {loss:.4f}, lr {lr_at(run.done - 1):.2e}{shown}, '
-        f'{speed:,.0f} tokens/s, {duration(left)} left')
+        f'{speed:,.0f} tokens/s, {duration(left)} left{job.note}')
     write_log(iter=run.done, loss=loss, lr=lr_at(run.done - 1), tokens_per_s=round(speed),
               tokens=run.tokens, seconds=round(run.seconds, 1), **figures)
     vars(run).update(new_interval())
@@ -209,8 +209,9 @@ def write_record():
                'flops_per_token': metric(flops_per_token(model, s.block_size)),
                'tokens_per_s': metric(speed), 'minutes': metric(run.seconds / 60),
                'peak_mb': metric(machine.peak_mb(device))}
+    notes = [job.note.strip()] if job.note else []
     save_record(os.path.join(out_dir, 'record.json'), make_record(
-        'training', s.as_dict(), [s.seed], metrics, shown, device=device))
+        'training', s.as_dict(), [s.seed], metrics, shown, notes, device=device))
     title = f"{s.model_type}, {job.data.get('dataset', s.task)}"
     curves(os.path.join(out_dir, 'loss.png'), title, shown, log=False)
 
@@ -232,6 +233,8 @@ if device == 'cpu':
     machine.keep_freed_memory()
     s = s.replace(products=machine.choose_products(s.products))
 job = find_task(s.task).Task(s)
+if job.data:
+    s = s.replace(dataset=job.data['dataset'])
 corpus = job.data.get('dataset', f'task {s.task}')
 require(not checkpoint or checkpoint.get('tokenizer') in (None, job.tokenizer),
         f"the checkpoint's vocabulary is not that of '{corpus}': prepare the text it was trained "
@@ -239,6 +242,7 @@ require(not checkpoint or checkpoint.get('tokenizer') in (None, job.tokenizer),
 if s.init_from == 'resume':
     require(checkpoint['data'].get('sha256') == job.data.get('sha256'),
             f"'{corpus}' is not the text that the run in {out_dir} was trained on")
+    job.data.update(checkpoint['data'])  # of a text in place of another: of which
 
 torch.manual_seed(s.seed)
 if s.init_from == 'scratch':

@@ -4,9 +4,9 @@
 seeds = [1337, 1338, 1339]
 tokens = 4_300_800           # that each of the runs is trained on
 
-common = dict(dataset='shakespeare', model_type='fold', n_local=0, n_global=4, n_layer=4,
-              n_head=4, n_embd=128, segment_size=12, block_size=96, batch_size=16,
-              learning_rate=4e-3, min_lr=1e-4, weight_decay=0.5)
+common = dict(dataset='shakespeare', offline_dataset='python', model_type='fold', n_local=0,
+              n_global=4, n_layer=4, n_head=4, n_embd=128, segment_size=12, block_size=96,
+              batch_size=16, learning_rate=4e-3, min_lr=1e-4, weight_decay=0.5)
 runs = {
     'fold': dict(),
     # windows are cut from stretches of 96 tokens: every run sees the same text in the same order

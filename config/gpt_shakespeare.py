@@ -2,6 +2,7 @@
 # seed and optimizer are the same; text is drawn in stretches of 96 characters, cut into windows.
 out_dir = 'out/gpt_shakespeare'
 dataset = 'shakespeare'
+offline_dataset = 'python'  # as in config/fold_shakespeare.py
 
 model_type = 'gpt'
 n_layer = 4

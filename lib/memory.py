@@ -26,7 +26,7 @@ class MemoryTask:
     its numbers that go on when a run is resumed; measure(), which returns the recall of fresh
     sequences and the number of answers; asked, what they are asked for."""
 
-    tokenizer, data, walkers, recall = None, {}, None, 0.0
+    tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0
 
     def __init__(self, s, sequences):
         require(s.batch_size % WORLD == 0,

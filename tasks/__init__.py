@@ -5,6 +5,7 @@ model of the checkpoint `saved` by the settings p of probe.py: what, metrics, cu
 record. Task(s) checks the settings s of train.py and finds the data. Then it has
     sizes                    of the model, beyond the settings: vocab_size at least
     tokenizer, data          the vocabulary, and what identifies the text; None, {} without a text
+    note                     what every line of the log is to say, '' for nothing
     start(model, device, autocast)   before the first update
     backward()               adds the gradient of an update; mean loss, on the device, and tokens
     figures()                further figures of a line of the log

@@ -94,7 +94,7 @@ def make_sequences(s, split, seed):
     """Sequences whose filler, if it is text, is from the 'train' or 'val' split of the data set."""
     if s.filler == 'symbols':
         return Sequences(seed, s.key_length, s.symbols)
-    folder, meta = from_writer(lambda: open_data(s))
+    folder, meta = from_writer(lambda: open_data(s, s.dataset))
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
     return Sequences(seed, s.key_length, meta['vocab_size'], torch.from_numpy(ids.astype(np.int64)))
 

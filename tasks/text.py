@@ -5,27 +5,40 @@ import numpy as np
 import torch
 
 from configurator import at_least
-from lib.console import require
+from lib.console import require, say
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
 from lib.rows import rowwise
 from lib.scoring import mean_and_error, token_losses
-from prepare import load_meta, prepare
+from prepare import DownloadError, load_meta, prepare
 
 dataset = 'shakespeare'  # folder under data_dir; a built-in corpus is prepared if it is missing
+offline_dataset = ''     # used, loudly, where dataset cannot be downloaded; '' stops instead
 data_dir = 'data'        # folder of the prepared data sets
 stretch = 0              # tokens drawn in one piece, cut into sequences; 0 is block_size
 stream = False           # rows read the corpus in order, a carry passing from update to update
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
 
-def open_data(s):
-    """Folder and meta of the data set, which is prepared now if it is missing."""
-    folder = os.path.join(ROOT, s.data_dir, s.dataset)
+def open_data(s, name):
+    """Folder and meta of a data set, which is prepared now if it is missing."""
+    folder = os.path.join(ROOT, s.data_dir, name)
     if not os.path.exists(os.path.join(folder, 'meta.json')):
-        prepare(s.dataset, data_dir=os.path.join(ROOT, s.data_dir))
+        prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
     return folder, load_meta(folder)
+
+def find_data(s):
+    """Name, folder and meta of the data set; of the offline one if it cannot be had."""
+    try:
+        return s.dataset, *open_data(s, s.dataset)
+    except DownloadError as error:
+        if s.offline_dataset in ('', s.dataset):
+            raise
+        say(f"{error}\n{'!' * 80}\n!!! '{s.dataset}' cannot be downloaded. TRAINING ON "
+            f"'{s.offline_dataset}' INSTEAD (offline_dataset);\n!!! do not compare the losses.\n"
+            f"{'!' * 80}")
+        return s.offline_dataset, *open_data(s, s.offline_dataset)
 
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""
@@ -39,15 +52,15 @@ class Task:
         require(not (s.stretch and s.stream), 'stream=True reads in order: set stretch=0')
         require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} '
                 f'sequences equally, in stretches of {span} tokens')
-        folder, meta = from_writer(lambda: open_data(s))
+        name, folder, meta = from_writer(lambda: find_data(s))
         self.s, self.tokenizer, self.span = s, meta['tokenizer'], span
-        self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
+        self.data = {'dataset': name, 'wanted': s.dataset, 'sha256': meta['sha256']}
         self.sizes = {'vocab_size': meta['vocab_size']}
         self.train_data, val_data = (np.memmap(os.path.join(folder, f'{part}.bin'), np.uint16, 'r')
                                      for part in ('train', 'val'))
         val_data = val_data[:s.eval_tokens or None]
-        require(len(self.train_data) > span and len(val_data) > 1, f"'{s.dataset}' is too short "
-                f'({len(self.train_data)} training and {len(val_data)} validation tokens) '
+        require(len(self.train_data) > span and len(val_data) > 1, f"data set '{name}' is too "
+                f'short ({len(self.train_data)} training and {len(val_data)} validation tokens) '
                 f'for sequences of {span}: lower block_size or take a longer text')
         self.val_data = torch.from_numpy(val_data.astype(np.int64))
         self.generator = torch.Generator().manual_seed(s.seed)
@@ -55,6 +68,11 @@ class Task:
         self.micro_batches = rows.split(B)
         self.at = rows * (len(self.train_data) - T) // len(rows)  # of all streams
         self.carries = [None] * len(self.micro_batches)  # of this process's share of each
+
+    @property
+    def note(self):
+        name, wanted = self.data['dataset'], self.data['wanted']
+        return '' if name == wanted else f' [data: {name}, in place of {wanted}]'
 
     def start(self, model, device, autocast):
         self.model, self.val_data = model, self.val_data.to(device)

@@ -98,9 +98,9 @@ def test_equal_means_equal(compared):
 def test_every_model_sees_the_same_batches(data_dir):
     batches = []
     for block_size, batch_size, stretch in ((4, 16, 16), (16, 4, 0)):
-        s = SimpleNamespace(dataset='tiny', data_dir=str(data_dir), seed=7, stream=False,
-                            eval_tokens=0, gradient_accumulation_steps=1, block_size=block_size,
-                            batch_size=batch_size, stretch=stretch)
+        s = SimpleNamespace(dataset='tiny', offline_dataset='', data_dir=str(data_dir), seed=7,
+                            stream=False, eval_tokens=0, gradient_accumulation_steps=1,
+                            block_size=block_size, batch_size=batch_size, stretch=stretch)
         batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))
     assert torch.equal(*batches)
 

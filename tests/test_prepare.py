@@ -13,7 +13,7 @@ import pytest
 import requests
 
 import prepare
-from prepare import Tokenizer, load_meta
+from prepare import DownloadError, Tokenizer, load_meta
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = 'To be,\r or\0not\u2028to be\x85\x1cé😀\n' * 4
@@ -33,12 +33,13 @@ def make(text=TEXT, dataset='mine', **settings):
     settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), **settings}
     return prepare.prepare(dataset, **settings)
 
-def check_error(words, call, *args, **kwargs):
+def check_error(words, call, *args, kind=SystemExit, **kwargs):
     """A SystemExit in one line that holds all of the words, which | separates."""
     with pytest.raises(SystemExit) as caught:
         call(*args, **kwargs)
     message = caught.value.code
-    assert message.startswith('error: ') and '\n' not in message and len(message) < 600, message
+    assert type(caught.value) is kind and message.startswith('error: ')
+    assert '\n' not in message and len(message) < 600, message
     assert all(word in message for word in words.split('|')), message
 
 def command(*argv, setup=''):
@@ -259,8 +260,8 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web):
     (404, '404'), (CUT, 'IncompleteRead'), (requests.Timeout(), 'Timeout'), (b'<html>', 'SHA-256')])
 def test_failed_download(web, answer, words):
     web.answers = [answer] * 3
-    words += f'|{prepare.SHAKESPEARE_URL}|--file=PATH|--dataset=python'
-    check_error(words, shakespeare)
+    words += f'|{prepare.SHAKESPEARE_URL}|--file=PATH|python prepare.py python'
+    check_error(words, shakespeare, kind=DownloadError)
     assert (web.answers, web.pauses, os.listdir()) == ([], [0, 1, 3], [])
     check_error('missing|with: python prepare.py shakespeare', load_meta, 'shakespeare/')
 
@@ -270,7 +271,7 @@ def test_download_without_requests_and_one_that_cannot_be_kept(web, monkeypatch)
         patch.setattr(os, 'replace', fail_with(OSError(28, 'No space left on device')))
         check_error('No space left', shakespeare)
     monkeypatch.setitem(sys.modules, 'requests', None)
-    check_error('cannot download', shakespeare)
+    check_error('cannot download', shakespeare, kind=DownloadError)
     assert os.listdir() == []
 
 def test_program(here):

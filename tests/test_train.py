@@ -188,18 +188,23 @@ def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, ta
     equal({**a, wpe: a[wpe][:window]}, b)
     assert [last['config'][key] for key in ('n_embd', 'n_layer', 'bias')] == [16, 2, False]
 
-def test_a_missing_data_set_is_prepared_once(train, tmp_path, monkeypatch, data_dir):
-    """Without a network the reason and a way on are told."""
+def test_without_network_another_data_set_is_used_and_named(train, tmp_path, monkeypatch, data_dir):
+    """The one that is missing is prepared, once."""
     real, seen = prepare.prepare, []
 
     def no_network(name, **kwargs):
         seen.append(name)
         if name == 'shakespeare':
-            raise SystemExit('error: no network')
+            raise prepare.DownloadError('error: no network')
         return real(name, file=str(data_dir / 'tiny.txt'), **kwargs)
     monkeypatch.setattr('tasks.text.prepare', no_network)
-    stopped = train(dataset='shakespeare', data_dir=tmp_path)
+    settings = dict(dataset='shakespeare', data_dir=tmp_path)
+    stopped = train(**settings)
     assert stopped.code == 1 and 'no network' in stopped.err
-    assert train(dataset='mine', data_dir=tmp_path).code == 0
-    assert train(init_from='resume', dataset='mine', data_dir=tmp_path, max_iters=25).code == 0
-    assert seen == ['shakespeare', 'mine']
+    done = train(offline_dataset='mine', **settings)
+    assert done.code == 0 and "TRAINING ON 'mine' INSTEAD" in done.out
+    again = train(init_from='resume', max_iters=25, **settings)
+    assert seen == ['shakespeare', 'shakespeare', 'mine']
+    logged = [line for line in (done.out + again.out).splitlines() if line.startswith('iter ')]
+    assert len(logged) == sum('[data: mine, in place of shakespeare]' in x for x in logged) == 28
+    assert load(tmp_path / 'out' / 'ckpt.pt')['data']['dataset'] == 'mine'
