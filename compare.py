@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -24,7 +25,7 @@ from lib.console import Progress, require, say
 from lib.device import set_threads
 from lib.files import own_folder, write_file
 from lib.processes import Stop
-from lib.records import ROOT, place, save_record
+from lib.records import ROOT, load_record, place, save_record
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
 out_dir = ''         # folder of the runs and the report; '' is out/NAME of the comparison file
@@ -38,18 +39,22 @@ record = False       # write into results/ as well, which the docs are made from
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 
-KEYS = {'seeds': [1337], 'tokens': 0, 'common': {}, 'runs': {}, 'probe': {}, 'prompts': [],
-        'new_tokens': 200}  # of a comparison file, with what they are if it does not say
+# of a comparison file, with what they are if it does not say; runs without probe are not probed
+KEYS = {'seeds': [1337], 'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'common': {}, 'runs': {},
+        'probe': {}, 'prompts': [], 'new_tokens': 200}
+BUDGETS = 'tokens', 'flops', 'seconds'  # of a run, if they are not 0: each has runs of its own
 EACH = {'seeds': int, 'prompts': str, 'runs': dict}  # what these are made of
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
+CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
 QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20}
 
 @dataclass
 class Run:
     """One model to train, and the folder of all that comes of it."""
     name: str        # in the tables
+    budget: str
     seed: int
     settings: dict   # of train.py
     tokens: int      # that it is trained on
@@ -100,7 +105,7 @@ def read_comparison(name):
     for key, value in given.items():
         require(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
         kind = type(KEYS[key])
-        require(type(value) is kind,
+        require(type(value) in (kind, int) if kind is float else type(value) is kind,
                 f'{name}: {key} must be of type {kind.__name__}, not {value!r}')
         for one in (value.values() if kind is dict else value) if key in EACH else ():
             require(type(one) is EACH[key],
@@ -108,29 +113,47 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
+    require(any(c[budget] for budget in BUDGETS) and all(c[budget] >= 0 for budget in BUDGETS),
+            f'{name}: one of {", ".join(BUDGETS)} must be set, to a number above 0')
+    for run in c['runs']:
+        settings_of(c, run)
+    require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
+            'two runs have names that differ in no letter or digit: rename one')
     return c
 
-def plan(c, folder, quick=False):
-    """All runs. Raises SystemExit if one cannot see as much as the others."""
-    found = []
+def settings_of(c, name):
+    """The settings of a run but its length, and the tokens of its update. SystemExit if none are
+    named."""
+    settings = {'gradient_accumulation_steps': 1, **c['common'], **c['runs'][name]}
+    sizes = [settings.get(key) for key in UPDATE]
+    update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
+    require(update and c['tokens'] % update == 0,
+            f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
+            f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
+    return settings, update
+
+def folder_of(folder, *names):
+    return Path(folder, '_'.join(re.sub(r'\W+', '_', str(name)).strip('_') for name in names))
+
+def plan(c, folder, costs, quick=False):
+    """All runs: as many updates as the budget pays for. costs: {name: {budget: of a token}}."""
+    found, budgets = [], [budget for budget in BUDGETS if c[budget]]
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
     probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
-    for seed, (name, own) in product(c['seeds'], c['runs'].items()):
-        settings = {'gradient_accumulation_steps': 1, **c['common'], **own}
-        sizes = [settings.get(key) for key in UPDATE]
-        update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
-        require(update and c['tokens'] >= update and c['tokens'] % update == 0,
-                f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
-                f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
-        iters = 4 if quick else c['tokens'] // update
+    for budget, seed, name in product(budgets, c['seeds'], c['runs']):
+        settings, update = settings_of(c, name)
+        cost = 1 if quick or budget == 'tokens' else costs.get(name, {}).get(budget, math.inf)
+        iters = 4 if quick else max(1, round(c[budget] / (update * cost)))
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
-        results = [{}, probe] + [samples] * (seed == c['seeds'][0])
-        slug = re.sub(r'\W+', '_', name).strip('_')
-        found.append(Run(name, seed, settings, iters * update, Path(folder, f'{slug}_{seed}'),
-                         dict(zip(RESULTS, results))))
-    require(len({run.folder for run in found}) == len(found),
-            'two runs have names that differ in no letter or digit: rename one')
+        results, full = {'record.json': {}}, budget == budgets[0]
+        if full and c['probe']:
+            results['probe.json'] = probe
+        if full and c['prompts'] and seed == c['seeds'][0]:
+            results['samples.json'] = samples
+        names = (name, seed) if budget == 'tokens' else (name, budget, seed)
+        found.append(Run(name, budget, seed, settings, iters * update, folder_of(folder, *names),
+                         results))
     return found
 
 async def call(s, script, **flags):
@@ -149,6 +172,37 @@ async def call(s, script, **flags):
         raise SystemExit([f'{script} ended with {child.returncode}', *complaint.splitlines()][-1])
     return printed
 
+async def calibrate(s, c, folder):
+    """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
+    in turns, as many at a time as later; measured once and kept in the folder."""
+    path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    tokens, rounds = CALIBRATION
+
+    async def one(name):
+        settings, update = settings_of(c, name)
+        n, where = max(6, tokens // update), folder_of(folder, 'calibration', name)
+        flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
+                 'eval_tokens': 2000, 'overwrite': True, 'data_dir': s.data_dir}
+        try:
+            async with slots:
+                await call(s, 'train.py', **flags, out_dir=where)
+            return load_record(where / 'record.json')['metrics']
+        except SystemExit:  # which the run itself will report
+            return {}
+    names = [name for name in c['runs'] if name not in costs and not s.only_report]
+    turns = [await asyncio.gather(*map(one, names)) for _ in range(rounds)] if names else []
+    for name, found in zip(names, zip(*turns)):
+        if not all(found):
+            continue
+        rates = [metrics['tokens_per_s']['value'] for metrics in found]
+        costs[name] = {'flops': found[0]['flops_per_token']['value'],
+                       'seconds': 1 / statistics.median(rates)}
+        say(f"{name}: {costs[name]['flops']:,.0f} FLOPs and {1e6 * costs[name]['seconds']:,.0f} "
+            'microseconds a token')
+    write_file(path, lambda f: f.write(json.dumps(costs).encode()))
+    return costs
+
 async def work(s, run, slots):
     """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
     last, probe, samples = (run.folder / 'last.pt', *map(run.results.get, RESULTS[1:]))
@@ -160,7 +214,7 @@ async def work(s, run, slots):
                 await call(s, 'train.py', **run.settings, **start, out_dir=run.folder,
                            data_dir=s.data_dir)
             require(run.has('record.json'), 'train.py was stopped before its end')
-            if not run.has('probe.json'):
+            if probe and not run.has('probe.json'):
                 await call(s, 'probe.py', **probe, out_dir=last, data_dir=s.data_dir)
             if samples and not run.has('samples.json'):
                 texts = [await call(s, 'sample.py', start=prompt.replace('\\', r'\\'), seed=1337,
@@ -169,7 +223,8 @@ async def work(s, run, slots):
                 run.write('samples.json', {'settings': samples, 'texts': texts})
         except (SystemExit, OSError) as error:
             run.error = str(error)
-    say(f'{run.name}, seed {run.seed}: {"failed: " * bool(run.error)}{run.error or "complete"}')
+    state = f'failed: {run.error}' if run.error else 'complete'
+    say(f'{run.name}, equal {run.budget}, seed {run.seed}: {state}')
 
 async def work_on(s, runs):
     """Work on all runs, s.jobs at a time, and show how far they are; a signal ends it."""
@@ -195,12 +250,14 @@ def main(s):
         c['seeds'] = numbers('seeds', s.seeds)
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or place(name, False)
-    runs = plan(c, folder, s.quick)
+    if not s.only_report:
+        own_folder(folder)
+    needed = not s.quick and (c['flops'] or c['seconds'])
+    runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
     require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     wanted = [run for run in runs if run.name in chosen]
     if not s.only_report:
-        own_folder(folder)
         asyncio.run(work_on(s, wanted))
     failed = [run for run in wanted if not run.complete()]
     require(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')

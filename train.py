@@ -84,9 +84,10 @@ compile = 'auto'            # 'off', 'kernels' (torch.compile of the blocks), 'a
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
 # of a resumed run: what stays as it was, and what is of this call alone
-FIXED = ('task', 'model_type', 'seed', 'dataset', 'block_size', 'segment_size', 'n_local',
-         'n_global', 'local', 'past', 'carry', 'n_layer', 'window', 'position', 'rotary_base',
-         'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols', 'key_length', 'names')
+FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'block_size', 'segment_size',
+         'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window', 'position',
+         'rotary_base', 'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols', 'key_length',
+         'names')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):

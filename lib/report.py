@@ -1,6 +1,6 @@
 """The report of a comparison: its record, and the tables and pictures made from that alone.
 
-The parts of a comparison are the records of its runs. Settings: name, those of train.py.
+The parts of a comparison are the records of its runs. Settings: name, budget, those of train.py.
 Metrics: those of training and, if new, of the probe, and text, state_bytes. Curves: of both. Notes:
 what it wrote after each of the prompts.
 """
@@ -18,11 +18,12 @@ from lib.streaming import new_state
 MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/tokens|,.0f}',
         'text': '{metrics/text}',
         'validation loss': '{metrics/loss|.4f} ± {metrics/loss/sd|.4f} || {metrics/loss|.4f}',
-        'training tokens/s': '{metrics/tokens_per_s|,.0f}',
+        'training tokens/s': '{metrics/tokens_per_s|,.0f}', 'minutes': '{metrics/minutes|.1f}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
 PRESERVED = {'preserved context': '{metrics/preserved context}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
+DIFFERENCE = '{@|+.4f} ± {@/error|.4f}, {@/verdict} || {@|+.4f}, {@/verdict}'
 
 def make(c, runs, s):
     """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
@@ -31,34 +32,50 @@ def make(c, runs, s):
     parts = [part(run) for run in done]
     settings = {key: c[key] for key in c if key != 'seeds' and type(c[key]) is not dict}
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
-    notes = [f'{run.name}, seed {run.seed}: {run.error or "not run to its end"}'
+    notes = [f'{run.name}, equal {run.budget}, seed {run.seed}: {run.error or "not run to its end"}'
              for run in runs if run not in done]
     return make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
                        parts=parts, device=pick_device(s.device))
 
 def part(run):
     """The record of a run, from those that its folder holds."""
-    trained, probed = (load_record(run.folder / f'{name}.json') for name in ('record', 'probe'))
+    trained = load_record(run.folder / 'record.json')
+    probed = {'metrics': {}, 'curves': {}}
+    if 'probe.json' in run.results:
+        probed = load_record(run.folder / 'probe.json')
     saved = load(run.folder / 'last.pt')
     state = new_state(load_model(saved))
     text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
                         'state_bytes': metric(state.nbytes)},
-            'settings': {'name': run.name, **run.settings},
+            'settings': {'name': run.name, 'budget': run.budget, **run.settings},
             'curves': {**trained['curves'], **probed['curves']}}
 
 def differences(parts):
-    """Metrics: the loss of the first run minus that of each other, with their standard errors over
-    the seeds."""
-    (first, one), *others = rows_of(parts, '{name}').items()
-    a, found = one['metrics']['loss'], {}
-    for name, other in others:
-        b = other['metrics']['loss']
-        spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
-        error = sum(spread) ** 0.5 if len(spread) == 2 else None
-        found[f'{first} minus {name}'] = metric(a['value'] - b['value'], error)
+    """Metrics: the loss of the first run minus that of each other at each budget, with its standard
+    error over the seeds, and whether the first is ahead, behind or, within three of these errors or
+    without one, open."""
+    found = {}
+    for budget, rows in by_budget(parts).items():
+        (first, one), *others = rows.items()
+        a = one['metrics']['loss']
+        for name, other in others:
+            b = other['metrics']['loss']
+            value = a['value'] - b['value']
+            spread = [m['sd'] ** 2 / m['n'] for m in (a, b) if 'sd' in m]
+            error = sum(spread) ** 0.5 if len(spread) == 2 else None
+            known = error is not None and abs(value) > 3 * error
+            verdict = ('ahead' if value < 0 else 'behind') if known else 'open'
+            found[f'{first} minus {name}, equal {budget}'] = metric(value, error, verdict=verdict)
     return found
+
+def by_budget(parts):
+    """{budget: {name: the runs of that name, merged}}."""
+    found = {}
+    for part in parts:
+        found.setdefault(part['settings']['budget'], []).append(part)
+    return {budget: rows_of(some, '{name}') for budget, some in found.items()}
 
 def rows_of(parts, label='{name}, {seed}'):
     """{label: part} of the runs, those of a label merged."""
@@ -80,40 +97,46 @@ def columns_of(name, rows, template):
 def context_table(rows):
     return table(rows, {**columns_of('context curve', rows, '{@|.4f}'), **PRESERVED})
 
-def difference_table(metrics):
-    """Which of two has the lower loss: 'open' within three standard errors or without one."""
-    rows = {}
-    for name, m in metrics.items():
-        known = m['error'] is not None and abs(m['value']) > 3 * m['error']
-        verdict = ('ahead' if m['value'] < 0 else 'behind') if known else 'open'
-        rows[name] = {'loss': m, 'verdict': verdict}
-    return table(rows, {'difference in loss': '{loss|+.4f}', 'standard error': '{loss/error|.4f}',
-                        'the first is': '{verdict}'})
+def difference_table(record):
+    """The first run minus each other: a row for each, a column for each budget."""
+    budgets = by_budget(record['parts'])
+    first, *others = next(iter(budgets.values()))
+    cells = [[name, *(fill(DIFFERENCE.replace('@', f'metrics/{first} minus {name}, equal {budget}'),
+                           record) for budget in budgets)] for name in others]
+    return markdown([f'{first} minus', *(f'equal {budget}' for budget in budgets)], cells)
 
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
     parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
-    runs, models = rows_of(parts), rows_of(parts, '{name}')
+    runs = rows_of([part for part in parts if 'context curve' in part['curves']])
     sections = [
         '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
         'time. Losses are in nats per token, ± the standard deviation over the seeds.',
-        f"Left out: {'; '.join(record['notes']) or 'none'}.", table(models, MAIN),
-        difference_table(record['metrics']), 'Ahead or behind: by more than three standard errors '
-        'over the seeds. The speed is a median. FLOPs: of matrix products, forward and backward.',
-        '![](loss.png)', '## Loss by the tokens of history before a segment',
-        context_table(runs), '![](context.png)',
-        'What still longer history is worth, with 95 % intervals:',
-        table(runs, columns_of('worth of longer history', runs, INTERVAL)),
-        '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
-        'the least number of tokens between, with 95 % intervals:',
-        table(runs, columns_of('remote co-occurrence', runs, INTERVAL)), '## Samples']
+        f"Left out: {'; '.join(record['notes']) or 'none'}.", difference_table(record),
+        'Difference in loss ± its standard error over the seeds; ahead or behind: by more than '
+        'three of these. Folds and sliding windows are scored as streams, other windows with a '
+        'stride of half their width.']
+    for budget, models in by_budget(parts).items():
+        sections += [f'## Equal {budget}', table(models, MAIN)]
+    sections += ['The speed is a median. FLOPs: of matrix products, forward and backward.',
+                 '![](loss.png)']
+    if runs:
+        sections += [
+            '## Loss by the tokens of history before a segment', context_table(runs),
+            '![](context.png)', 'What still longer history is worth, with 95 % intervals:',
+            table(runs, columns_of('worth of longer history', runs, INTERVAL)),
+            '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, '
+            'by the least number of tokens between, with 95 % intervals:',
+            table(runs, columns_of('remote co-occurrence', runs, INTERVAL))]
     for i, prompt in enumerate(record['settings']['prompts']):
-        sections.append(f'### {prompt.strip()}')
+        sections.append(f'## After {prompt.strip()}')
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
-                     for label, run in runs.items() if run['notes']]
+                     for label, run in rows_of(parts).items() if run['notes']]
     text = '\n\n'.join(sections) + '\n'
     write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode()))
     for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
-        shown = {label: model['curves'][name] for label, model in models.items()}
-        curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')
+        shown = {label: model['curves'][name] for label, model in rows_of(parts, '{name}').items()
+                 if name in model['curves']}
+        if shown:
+            curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')

@@ -20,6 +20,8 @@ data_dir = 'data'        # folder of the prepared data sets
 stretch = 0              # tokens drawn in one piece, cut into sequences; 0 is block_size
 stream = False           # rows read the corpus in order, a carry passing from update to update
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
+set_aside = 0.0          # share of the training split, its end, that is kept from training and
+                         # scored in place of the validation split: to search settings
 
 def open_data(s, name):
     """Folder and meta of a data set, which is prepared now if it is missing."""
@@ -44,7 +46,8 @@ class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""
 
     def __init__(self, s):
-        at_least(s, stretch=0, eval_tokens=0)
+        at_least(s, stretch=0, eval_tokens=0, set_aside=0.0)
+        require(s.set_aside < 1, f'set_aside={s.set_aside} must be a share below 1')
         B, T, span = s.batch_size, s.block_size, s.stretch or s.block_size
         require(s.eval_tokens != 1, 'eval_tokens=1 leaves no token to predict: take 2 or more')
         require(s.stretch % T == B * T % span == 0, f'stretch={s.stretch} must be a multiple of '
@@ -58,6 +61,9 @@ class Task:
         self.sizes = {'vocab_size': meta['vocab_size']}
         self.train_data, val_data = (np.memmap(os.path.join(folder, f'{part}.bin'), np.uint16, 'r')
                                      for part in ('train', 'val'))
+        if s.set_aside:
+            kept = int((1 - s.set_aside) * len(self.train_data))
+            self.train_data, val_data = self.train_data[:kept], self.train_data[kept:]
         val_data = val_data[:s.eval_tokens or None]
         require(len(self.train_data) > span and len(val_data) > 1, f"data set '{name}' is too "
                 f'short ({len(self.train_data)} training and {len(val_data)} validation tokens) '
@@ -119,7 +125,8 @@ class Task:
 
     def describe(self, figures):
         spread = f" +- {figures['val_error']:.4f}" if figures['val_error'] else ''
-        return f"validation loss {figures['val_loss']:.4f}{spread} nats per token"
+        what = 'loss of the part set aside' if self.s.set_aside else 'validation loss'
+        return f"{what} {figures['val_loss']:.4f}{spread} nats per token"
 
     def state(self):
         """Where the random numbers of the data and the streams stand, of all processes."""

@@ -21,7 +21,7 @@ from tasks.text import Task
 
 FILE = '''
 seeds = [1, 2]
-tokens = 384
+tokens, flops = 384, 0.0
 common = {'dataset': 'tiny', 'model_type': 'fold', 'n_local': 1, 'n_global': 1, 'n_layer': 2,
           'n_head': 2, 'n_embd': 16, 'segment_size': 12, 'block_size': 24, 'batch_size': 2,
           'warmup_iters': 1, 'log_interval': 2}
@@ -79,11 +79,12 @@ def test_from_start_to_report(compared):
     runs, record = compared[0], load_record(compared[0] / 'comparison.json')
     text = (runs / 'report.md').read_text()
     assert len(record['parts']) == 4 and not record['notes']
-    main = report.table(report.rows_of(record['parts'], label='{name}'), report.MAIN)
-    assert '|  |' not in main[4:] and main in text
+    for models in report.by_budget(record['parts']).values():
+        main = report.table(models, report.MAIN)
+        assert '|  |' not in main[4:] and main in text
     assert report.context_table(report.rows_of(record['parts'])) in text
-    assert report.difference_table(record['metrics']) in text
-    assert '### 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
+    assert report.difference_table(record) in text
+    assert '## After 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
 
 def test_equal_means_equal(compared):
@@ -99,8 +100,9 @@ def test_every_model_sees_the_same_batches(data_dir):
     batches = []
     for block_size, batch_size, stretch in ((4, 16, 16), (16, 4, 0)):
         s = SimpleNamespace(dataset='tiny', offline_dataset='', data_dir=str(data_dir), seed=7,
-                            stream=False, eval_tokens=0, gradient_accumulation_steps=1,
-                            block_size=block_size, batch_size=batch_size, stretch=stretch)
+                            stream=False, eval_tokens=0, set_aside=0.0,
+                            gradient_accumulation_steps=1, block_size=block_size,
+                            batch_size=batch_size, stretch=stretch)
         batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))
     assert torch.equal(*batches)
 
@@ -116,12 +118,21 @@ def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     runs, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, ",
-                         "'stretch'": "'dropout': 0.1, 'stretch'"}, '--seeds=1')
-    assert error == 'error: 2 of 3 runs are not complete'
-    notes = load_record(runs / 'comparison.json')['notes']
-    assert 'three heads, seed 1: error: n_embd=16 must be a multiple of n_head=3' in notes
+                         "'stretch'": "'dropout': 0.1, 'stretch'", '0.0': '1e9'}, '--seeds=1')
+    assert error == 'error: 3 of 6 runs are not complete'
+    record = load_record(runs / 'comparison.json')
+    parts, notes = record['parts'], record['notes']
+    failed = 'seed 1: error: n_embd=16 must be a multiple of n_head=3'
+    assert notes[0] == f'three heads, equal tokens, {failed}'
     assert 'holds a run with another dropout, None in place of 0.1: delete it' in notes[1]
+    assert notes[2] == f'three heads, equal flops, {failed}'
     assert f"Left out: {'; '.join(notes)}." in (runs / 'report.md').read_text()
+    assert [part['settings']['budget'] for part in parts] == ['tokens', 'flops', 'flops']
+    for part in parts[1:]:  # to half an update, with a schedule of its own
+        metrics, iters = part['metrics'], part['settings']['max_iters']
+        spent = metrics['flops_per_token']['value'] * metrics['tokens']['value']
+        assert abs(spent - 1e9) <= 0.5 * spent / iters
+        assert part['curves'].keys() == {'validation loss', 'training loss'}
     _, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, "}, '--only=three heads')
     assert error == f'error: no run is complete in {runs}; a report there is kept'
 
@@ -135,8 +146,10 @@ def test_results_are_written_if_asked(again, tmp_path):
     ('[1, 2]', '[1, 1]', 'seeds be different numbers'),
     ("'batch_size': 2", "'batch_size': 0", 'must be whole numbers from 1 on'),
     ("'fold': {}", "'fold': 3", 'each of runs must be of type dict, not 3'),
-    ('tokens = 384', 'tokens = 385', 'divides tokens=385, not [2, 24, 1]'),
-    ('tokens = 384', "tokens = 'all'", "tokens must be of type int, not 'all'"),
+    ('384, 0.0', '385, 0', 'divides tokens=385, not [2, 24, 1]'),
+    ('384, 0.0', "'all', 1", "tokens must be of type int, not 'all'"),
+    ('384, 0.0', '0, 0', 'one of tokens, flops, seconds must be set'),
+    ('384, 0.0', '48, -1', 'to a number above 0'),
     ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
     ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
@@ -146,7 +159,8 @@ def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     assert 'name a comparison' in run('compare.py').err
 
 def part(name, seed, loss, points=()):
-    return {'settings': {'name': name, 'seed': seed}, 'metrics': {'loss': metric(loss)},
+    return {'settings': {'name': name, 'seed': seed, 'budget': 'tokens'},
+            'metrics': {'loss': metric(loss)},
             'curves': {'context curve': {'points': points}}}
 
 @pytest.mark.parametrize('losses, value, error, verdict', [
@@ -156,10 +170,10 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
     parts = [part('a', seed, loss) for seed, loss in enumerate(losses)]
     parts += [part('b', seed, loss) for seed, loss in enumerate([1.5, 1.7, 1.6])]
     found = report.differences(parts + [part('c', 0, 1.0)])
-    assert found.keys() == {'a minus b', 'a minus c'}
-    assert found['a minus b']['value'] == pytest.approx(value)
-    assert error is None or found['a minus b']['error'] == pytest.approx(error)
-    assert f'| {verdict} |' in report.difference_table(found).splitlines()[2]
+    assert found.keys() == {'a minus b, equal tokens', 'a minus c, equal tokens'}
+    assert found['a minus b, equal tokens']['value'] == pytest.approx(value)
+    assert error is None or found['a minus b, equal tokens']['error'] == pytest.approx(error)
+    assert found['a minus b, equal tokens']['verdict'] == verdict
 
 def test_tables_of_curves():
     points = [[{'x': 0, 'value': 2.5}, {'x': 12, 'value': 2.0}], [{'x': 24, 'value': 3.0}]]
@@ -172,8 +186,9 @@ def test_tables_of_curves():
 def test_the_plans_of_the_comparisons_in_the_repository(name):
     """The same tokens, and models of the same parameters but for what a run is there to change."""
     c = compare.read_comparison(os.path.join(ROOT, 'config', name))
-    found = compare.plan(c, 'runs')
-    assert {run.settings['max_iters'] for run in compare.plan(c, 'runs', quick=True)} == {4}
+    costs = {name: {'flops': 5e6, 'seconds': 1e-4} for name in c['runs']}
+    found = compare.plan(c, 'runs', costs)
+    assert {run.settings['max_iters'] for run in compare.plan(c, 'runs', {}, quick=True)} == {4}
     some = [run for run in found if run.seed == c['seeds'][0]]
     sizes = [{**run.settings, 'bias': False, 'vocab_size': 65} for run in some
              if run.settings.get('carry') != 'gated' and '192 channels' != run.name]
