@@ -27,7 +27,7 @@ from lib import processes
 from lib.console import duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
 from lib.contract import model_args as sizes_of
-from lib.files import append_line, own_folder
+from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
 from lib.processes import RANK, WORLD, from_all, from_writer
@@ -140,7 +140,10 @@ def stop_unless_finite(value, what):
 
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
-    from_writer(lambda: append_line(log_path, json.dumps(record)))
+    def write():
+        with open(log_path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+    from_writer(write)
 
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written

@@ -69,14 +69,14 @@ def my_share(rows):
 
 def from_writer(make):
     """What make() returns in the one process that writes; all get it, and wait for it. If it raises
-    SystemExit there, the others end as well, without a word."""
+    SystemExit or OSError there, the others end as well, without a word."""
     if WORLD == 1:
         return make()
     box, error = [None, True], None
     if RANK == 0:
         try:
             box = [make(), False]
-        except SystemExit as refused:
+        except (SystemExit, OSError) as refused:
             error = refused
     dist.broadcast_object_list(box)
     if box[1]:
