@@ -10,7 +10,7 @@ from lib.console import Progress, require, say
 from lib.contract import unit
 from lib.records import ROOT, metric
 from lib.scoring import last_losses, mean_and_error, token_losses
-from prepare import Tokenizer, load_meta
+from prepare import Tokenizer, load_meta, read_text
 
 USEFUL = 0.005  # nats per token that older text must be worth to count as preserved
 WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token is a character
@@ -18,7 +18,7 @@ WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token i
 def probe_text(model, saved, p, device):
     """The loss of a text, its context curve and remote co-occurrence: see tasks/__init__.py."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
-    tokens, found = read_text(saved, p)
+    tokens, found = open_text(saved, p)
     lengths, starts, borders = chosen = plan(len(tokens), size, p)
     far_words = 2 * p.words * sum(borders)
     progress = Progress('loss', len(tokens) + len(starts) * sum(lengths) + far_words)
@@ -47,17 +47,13 @@ def probe_text(model, saved, p, device):
                         'preserved context': metric(kept['x'], n=len(starts) * size),
                         'worth of longer history': metric(**kept)}}
 
-def read_text(saved, p):
+def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
     require(saved.get('data') and saved.get('tokenizer'),
             'the checkpoint does not name its data set: probe runs of train.py')
     tokenizer, dataset = Tokenizer(saved['tokenizer']), saved['data']['dataset']
     if p.file:
-        try:
-            with open(p.file, encoding='utf-8-sig', newline='') as f:  # as prepare.py reads texts
-                ids = tokenizer.encode(f.read())
-        except (OSError, ValueError) as error:
-            raise SystemExit(f'error: cannot read the text, as UTF-8: {error}') from None
+        ids = tokenizer.encode(read_text(p.file))
     else:
         folder = os.path.join(ROOT, p.data_dir, dataset)
         meta = load_meta(folder)

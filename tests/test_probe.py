@@ -41,7 +41,7 @@ def test_the_curve_drops_at_the_lag_and_nowhere_else():
 
 def test_preserved_context_asks_for_a_gain_of_some_size(monkeypatch):
     tokens = torch.randperm(LAG).repeat(100)[:3000]
-    monkeypatch.setattr(history, 'read_text', lambda saved, p: (tokens, []))
+    monkeypatch.setattr(history, 'open_text', lambda saved, p: (tokens, []))
     monkeypatch.setattr(history, 'last_losses', lambda model, *args: 0.004 * knows_the_lag(*args))
     model, p = make(segment_size=SIZE, vocab_size=LAG), SimpleNamespace(**P)
     found = history.probe_text(model, {}, p, 'cpu')['metrics']
