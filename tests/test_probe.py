@@ -98,10 +98,9 @@ def test_the_bootstrap_draws_whole_stretches():
 def test_words_and_where_they_stood_last():
     letters = SimpleNamespace(spec={'kind': 'char'}, decode=lambda ids: ''.join(map(chr, ids)))
     tokens = torch.tensor(list(b'the cat, the dog2 x_1 the x_1'))
-    assert history.recurrences(tokens, letters, 'word') == [(9, 3, 9), (22, 3, 13), (26, 1, 8)]
-    assert history.recurrences(tokens, letters, 'identifier')[-1] == (26, 3, 8)
+    assert history.recurrences(tokens, letters) == [(9, 3, 9), (22, 3, 13), (26, 3, 8)]
     pieces = SimpleNamespace(spec={'kind': 'gpt2'}, decode=lambda ids: ['the', ', ', 'cat'][ids[0]])
-    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces, '') == [(3, 1, 3)]
+    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces) == [(3, 1, 3)]
 
 SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
 
