@@ -26,7 +26,6 @@ from lib import device as machine
 from lib import processes
 from lib.console import duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
-from lib.contract import model_args as sizes_of
 from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
@@ -169,7 +168,7 @@ def save(is_best=False):
     stop_unless_finite(max(p.detach().abs().max() for p in model.parameters()).item(), 'a weight')
     rng = from_all(random_state(device))
     checkpoint = {
-        'model_type': s.model_type, 'model_args': sizes_of(model), 'model': model.state_dict(),
+        'model_type': s.model_type, 'model_args': vars(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'iter_num': run.done, 'best_val_loss': run.best,
         'run': vars(run), 'rng': rng, 'task': s.task, 'task_state': job.state(),
         'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data, 'provenance': made_by}
@@ -247,7 +246,7 @@ else:
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'carry', 'dropout')
     sizes = {key: getattr(s, key) for key in own}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
-    notes += [f'init_from: {key} stays {value!r}' for key, value in sizes_of(model).items()
+    notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()
               if key in s.given and key not in own and getattr(s, key) != value]
     known, needed = model.config.vocab_size, job.sizes['vocab_size']
     require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
@@ -255,7 +254,7 @@ else:
 model.to(device)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
-s = s.replace(**{key: sizes_of(model)[key] for key in sizes_of(model).keys() & s.as_dict()})
+s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
 say('\n'.join([*notes, show(s)]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
 half = s.dtype == 'bfloat16' or s.dtype == 'auto' and device.startswith('cuda')

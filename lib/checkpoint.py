@@ -17,7 +17,7 @@ import zipfile
 import torch
 
 from lib.console import require, write
-from lib.contract import make_model, model_args
+from lib.contract import make_model
 from lib.files import temporary_name, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
@@ -152,7 +152,7 @@ def newest_run(task=None):
 
 def fingerprint(model):
     """A text that names a model by its type, sizes and weights: 16 hexadecimal digits."""
-    digest = hashlib.sha256(f'{type(model).__name__} {model_args(model)}'.encode())
+    digest = hashlib.sha256(f'{type(model).__name__} {vars(model.config)}'.encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

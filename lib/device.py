@@ -33,17 +33,11 @@ def pick_device(device='auto'):
                          f'one that is') from None
     return device
 
-def usable_cores():
-    """CPU cores that this process may use: an affinity mask counts."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 def set_threads(threads):
     """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
     can use."""
-    require(threads <= max(64, usable_cores()), f'threads={threads} is more than this machine can '
-            f'use, which has {usable_cores()} cores: --threads=0 leaves it to torch')
+    require(threads <= max(64, os.cpu_count() or 1), f'threads={threads} is more than this machine '
+            f'can use, which has {os.cpu_count()} cores: --threads=0 leaves it to torch')
     if threads:
         torch.set_num_threads(threads)
 
@@ -101,12 +95,12 @@ def cpu_info():
 
 def compile_blocks(model, compile, device):
     """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA. They
-    are tried out, backward too; if that fails, a line says so. Returns whether it did not."""
+    are tried out, backward too; if that fails, a line says so."""
     if compile == 'auto':
         compile = 'kernels' if device.startswith('cuda') else 'off'
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compile == 'off' or not blocks:
-        return False
+        return
     T = min(2 * getattr(model, 'unit', 1) + 1, model.config.block_size)
     idx = torch.zeros(2, T, dtype=torch.int64, device=device)
     for block in blocks:
@@ -119,10 +113,8 @@ def compile_blocks(model, compile, device):
         print(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on '
               f'without it', file=sys.stderr)
         torch.compiler.set_stance('force_eager')
-        return False
     finally:
         model.zero_grad(set_to_none=True)
-    return True
 
 def peak_mb(device):
     """The most memory there was: of the CUDA allocator, else of this process; in MB, or None where

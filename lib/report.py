@@ -21,7 +21,6 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'training tokens/s': '{metrics/tokens_per_s|,.0f}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
-PRESERVED = {'preserved context': '{metrics/preserved context}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 
 def make(c, runs, s):
@@ -77,9 +76,6 @@ def columns_of(name, rows, template):
     xs = {point['x'] for record in rows.values() for point in record['curves'][name]['points']}
     return {str(x): template.replace('@', f'curves/{name}/{x}') for x in sorted(xs)}
 
-def context_table(rows):
-    return table(rows, {**columns_of('context curve', rows, '{@|.4f}'), **PRESERVED})
-
 def difference_table(metrics):
     """Which of two has the lower loss: 'open' within three standard errors or without one."""
     rows = {}
@@ -101,7 +97,8 @@ def write(record, folder):
         difference_table(record['metrics']), 'Ahead or behind: by more than three standard errors '
         'over the seeds. The speed is a median. FLOPs: of matrix products, forward and backward.',
         '![](loss.png)', '## Loss by the tokens of history before a segment',
-        context_table(runs), '![](context.png)',
+        table(runs, {**columns_of('context curve', runs, '{@|.4f}'),
+                     'preserved context': '{metrics/preserved context}'}), '![](context.png)',
         'What still longer history is worth, with 95 % intervals:',
         table(runs, columns_of('worth of longer history', runs, INTERVAL)),
         '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, by '
