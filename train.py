@@ -226,7 +226,6 @@ machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
 from_writer(lambda: open_folder(s))
 if device == 'cpu':
-    machine.keep_freed_memory()
     s = s.replace(products=machine.choose_products(s.products))
 job = find_task(s.task).Task(s)
 corpus = job.data.get('dataset', f'task {s.task}')

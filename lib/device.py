@@ -1,5 +1,4 @@
 """The machine: which device computes, what multiplies on a CPU, what is compiled, and threads."""
-import ctypes
 import os
 import platform
 import sys
@@ -47,20 +46,8 @@ def set_up(device, threads, products='auto'):
     set_threads(threads)
     device = pick_device(device)
     if device == 'cpu':
-        keep_freed_memory()
         choose_products(products)
     return device
-
-def keep_freed_memory():
-    """Have the C library keep what is freed for the next update, where it is glibc: on a CPU the
-    page faults of giving it back and taking it anew are 5 to 10 % of an update's time."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    mallopt(trim_threshold, 2 ** 31 - 1)  # each the largest that it takes
-    mallopt(mmap_threshold, 2 ** 25)
 
 def choose_products(products):
     """Who multiplies float32 matrices on this CPU from now on: 'onednn' or 'torch'.
