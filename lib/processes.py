@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lib.console import require
 
@@ -53,9 +54,7 @@ def average_gradients(model):
     for p in model.parameters():  # one process may have met a parameter that another has not
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in model.parameters()]
-    flat = mean(torch.cat([grad.flatten() for grad in grads]))
-    for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(averaged.view_as(grad))
+    vector_to_parameters(mean(parameters_to_vector(grads)), grads)
 
 def mean(value):
     """The mean of a tensor over the processes."""
