@@ -100,8 +100,6 @@ def check(s):
             f'beta1={s.beta1}, beta2={s.beta2} and decay_from={s.decay_from} must lie in [0, 1)')
     require(s.decay_from == 1 or s.min_lr <= s.learning_rate,
             f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}: lower it as well')
-    require(os.path.realpath(out_dir) != os.path.realpath(ROOT),
-            "out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
 
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""

@@ -170,14 +170,11 @@ def refuse_to_replace(path):
     try:
         if os.path.exists(path):
             read_state(path)
-        temporary = temporary_name(path)
-        open(temporary, 'wb').close()
-        os.remove(temporary)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'error: cannot write {path}: {getattr(error, "strerror", error)}: name '
-                         f'a file in a folder that is there, and can be written to') from None
     except SystemExit as error:
         raise SystemExit(f'{error}; it is not replaced: name another file') from None
+    temporary = temporary_name(path)
+    open(temporary, 'wb').close()  # an error is explained at the script's end
+    os.remove(temporary)
 
 def read_state(path):
     """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
