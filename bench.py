@@ -18,7 +18,7 @@ from configurator import Settings, at_least, configure, numbers, one_of
 from lib import device as machine
 from lib.checkpoint import find_file, load, load_model
 from lib.console import Progress, require, say
-from lib.contract import adamw, flops_per_token, make_model, model_args, unit
+from lib.contract import adamw, flops_per_token, make_model, unit
 from lib.gradients import backpropagate
 from lib.records import ROOT, make_record, metric, place, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
@@ -97,7 +97,7 @@ def measure_generation(s):
     contexts, n, W = numbers('contexts', s.contexts, least=1), s.window_tokens, s.gpt_window
     checkpoint = load(find_file(s.out_dir), s.device)
     model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
-    gpt = make_model('gpt', {**model_args(model), 'block_size': W}).to(s.device).eval()
+    gpt = make_model('gpt', {**vars(model.config), 'block_size': W}).to(s.device).eval()
     idx = torch.randint(gpt.config.vocab_size, (1, n + W)).to(s.device)
     nets = {ours: model, f'GPT of window {W}': gpt}
     states = {(name, c): state for name, net in nets.items()

@@ -66,7 +66,6 @@ class FoldConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.n_layer = self.n_local + self.n_global
-        self.recurrent = self.past in ('evolving', 'frozen')
         one_of(self, local=('segment', 'sliding'), carry=('plain', 'gated'),
                past=('evolving', 'frozen', 'local', 'none'))
         if self.block_size % self.segment_size:
@@ -75,6 +74,10 @@ class FoldConfig(GPTConfig):
             raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
         if self.carry == 'gated' and not self.recurrent:
             raise ValueError(f"carry='gated' has no carry to mix with past={self.past!r}")
+
+    @property
+    def recurrent(self):
+        return self.past in ('evolving', 'frozen')
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention: the softmax of eq. 6, and so of eq. 16 and 17."""

@@ -90,7 +90,7 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
             say(f'downloading {SHAKESPEARE_URL}')
             _write(data_dir, {'shakespeare.txt': _download()})
     name = os.path.basename(file) or f'Python {sys.version.split()[0]}'
-    text = _read(file)
+    text = read_text(file)
     require(text, f'{name} is empty: use a longer text')
     require(dataset != 'shakespeare' or _sha256(text.encode()) == SHAKESPEARE_SHA256,
             f'{file} is not tiny Shakespeare, by its SHA-256: delete it, or choose another name')
@@ -173,7 +173,7 @@ def _check_request(dataset, file, tokenizer, newlines):
             f'prepare.py {dataset} --file=PATH')
     require(dataset != 'python' or not file, "'python' takes no --file: choose another name")
 
-def _read(file):
+def read_text(file):
     """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
     try:
         raw = Path(file).read_bytes() if file else _python_text()

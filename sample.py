@@ -47,23 +47,14 @@ def check(s):
     if s.save_state:
         ckpt.refuse_to_replace(s.save_state)
 
-def read_bytes(raw):
-    """What there is to read, at most a block; nothing at the end, and once one is to stop."""
-    stop.waiting = True
-    try:
-        return b'' if stop.signal else raw.read1(BLOCK)
-    except KeyboardInterrupt:
-        return b''
-    finally:
-        stop.waiting = False
-
 def file_blocks(name):
-    """A file of UTF-8 as texts of bounded size. Raises SystemExit if it cannot be read."""
+    """A file of UTF-8 as texts of bounded size, until it ends or one is to stop. Raises SystemExit
+    if it cannot be read."""
     try:
         require(name != '-' or sys.stdin, 'cannot read the prompt: standard input is closed')
         with sys.stdin.buffer if name == '-' else open(name, 'rb') as raw:
             decoder, held = codecs.getincrementaldecoder('utf-8-sig')(), ''
-            while block := read_bytes(raw):
+            while not stop.signal and (block := raw.read1(BLOCK)):
                 held += decoder.decode(block)
                 # cut where a word ends: the pieces of GPT-2's tokenizer never reach across
                 ends = [match.start() for match in re.finditer(r'(?<=\S)\s', held)]
@@ -143,12 +134,6 @@ try:
 except FloatingPointError as error:
     raise SystemExit(f"error: {error}: the model's weights give no number there; a state saved "
                      f'before is still good') from None
-except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
-    kept = ''
-    if s.save_state and state.read[0]:
-        ckpt.save_state(s.save_state, state, model, generator)
-        kept = f'; {s.save_state} holds the {int(state.read[0]):,} tokens before'
-    raise SystemExit(f'{error}{kept}') from None
 if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
     write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '

@@ -26,8 +26,7 @@ from lib import device as machine
 from lib import processes
 from lib.console import duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
-from lib.contract import model_args as sizes_of
-from lib.files import append_line, own_folder
+from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
 from lib.processes import RANK, WORLD, from_all, from_writer
@@ -107,8 +106,6 @@ def check(s):
             f'beta1={s.beta1}, beta2={s.beta2} and decay_from={s.decay_from} must lie in [0, 1)')
     require(s.decay_from == 1 or s.min_lr <= s.learning_rate,
             f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}: lower it as well')
-    require(os.path.realpath(out_dir) != os.path.realpath(ROOT),
-            "out_dir must be a folder of its own, not the repository's: --out_dir=out/NAME")
 
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
@@ -146,7 +143,10 @@ def stop_unless_finite(value, what):
 
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
-    from_writer(lambda: append_line(log_path, json.dumps(record)))
+    def write():
+        with open(log_path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+    from_writer(write)
 
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
@@ -172,7 +172,7 @@ def save(is_best=False):
     stop_unless_finite(max(p.detach().abs().max() for p in model.parameters()).item(), 'a weight')
     rng = from_all(random_state(device))
     checkpoint = {
-        'model_type': s.model_type, 'model_args': sizes_of(model), 'model': model.state_dict(),
+        'model_type': s.model_type, 'model_args': vars(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'iter_num': run.done, 'best_val_loss': run.best,
         'run': vars(run), 'rng': rng, 'task': s.task, 'task_state': job.state(),
         'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data, 'provenance': made_by}
@@ -231,7 +231,6 @@ machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
 from_writer(lambda: open_folder(s))
 if device == 'cpu':
-    machine.keep_freed_memory()
     s = s.replace(products=machine.choose_products(s.products))
 job = find_task(s.task).Task(s)
 if job.data:
@@ -255,7 +254,7 @@ else:
            'dropout')
     sizes = {key: getattr(s, key) for key in own}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
-    notes += [f'init_from: {key} stays {value!r}' for key, value in sizes_of(model).items()
+    notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()
               if key in s.given and key not in own and getattr(s, key) != value]
     known, needed = model.config.vocab_size, job.sizes['vocab_size']
     require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
@@ -263,7 +262,7 @@ else:
 model.to(device)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
-s = s.replace(**{key: sizes_of(model)[key] for key in sizes_of(model).keys() & s.as_dict()})
+s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
 say('\n'.join([*notes, show(s)]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
 half = s.dtype == 'bfloat16' or s.dtype == 'auto' and device.startswith('cuda')

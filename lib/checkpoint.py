@@ -17,7 +17,7 @@ import zipfile
 import torch
 
 from lib.console import require, write
-from lib.contract import make_model, model_args
+from lib.contract import make_model
 from lib.files import temporary_name, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
@@ -45,22 +45,19 @@ def find_file(path):
 
 def read_file(path, kind, device='cpu'):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
+    reason = 'cannot be opened'
     try:
-        file = open(path, 'rb')
-    except OSError as error:
-        raise SystemExit(f'error: cannot read {path}: {error.strerror}') from None
-    with file:
-        reason = 'is damaged' if file.read(2) == b'PK' else 'is no file of torch'
-        try:
+        with open(path, 'rb') as file:
+            reason = 'is damaged' if file.read(2) == b'PK' else 'is no file of torch'
             if zipfile.ZipFile(file).testzip():
                 raise zipfile.BadZipFile
             file.seek(0)
             content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file can fail anywhere
-            if isinstance(error, pickle.UnpicklingError):  # and this one is whole
-                reason = 'holds objects of another program'
-            raise SystemExit(f'error: {path} is not a readable {kind}: it {reason} '
-                             f'({type(error).__name__})') from None
+    except Exception as error:  # a damaged file can fail anywhere
+        if isinstance(error, pickle.UnpicklingError):  # and this one is whole
+            reason = 'holds objects of another program'
+        raise SystemExit(f'error: {path} is not a readable {kind}: it {reason} '
+                         f'({type(error).__name__})') from None
     require(isinstance(content, dict), f'{path} is not a {kind}: it holds no dictionary')
     return content
 
@@ -157,7 +154,7 @@ def newest_run(task=None):
 
 def fingerprint(model):
     """A text that names a model by its type, sizes and weights: 16 hexadecimal digits."""
-    digest = hashlib.sha256(f'{type(model).__name__} {model_args(model)}'.encode())
+    digest = hashlib.sha256(f'{type(model).__name__} {vars(model.config)}'.encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -175,14 +172,11 @@ def refuse_to_replace(path):
     try:
         if os.path.exists(path):
             read_state(path)
-        temporary = temporary_name(path)
-        open(temporary, 'wb').close()
-        os.remove(temporary)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'error: cannot write {path}: {getattr(error, "strerror", error)}: name '
-                         f'a file in a folder that is there, and can be written to') from None
     except SystemExit as error:
         raise SystemExit(f'{error}; it is not replaced: name another file') from None
+    temporary = temporary_name(path)
+    open(temporary, 'wb').close()  # an error is explained at the script's end
+    os.remove(temporary)
 
 def read_state(path):
     """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
@@ -221,20 +215,15 @@ def look(x):
 
 def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
-    says so; without keep a run starts anew, and the files of another go. Raises SystemExit if that
-    cannot be done."""
+    says so; without keep a run starts anew, and the files of another go."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
     gone = () if keep else (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
-    try:
-        for name in os.listdir(folder):
-            if name in gone or name.endswith('.tmp'):  # left by a process that was killed
-                os.remove(os.path.join(folder, name))
-        if keep and os.path.exists(path):
-            with open(path, 'rb') as f:
-                lines = [line for line in f if is_kept(line, keep)]
-    except OSError as error:
-        raise SystemExit(f'error: cannot open {error.filename}: {error.strerror}; --out_dir=PATH '
-                         f'goes elsewhere') from None
+    for name in os.listdir(folder):
+        if name in gone or name.endswith('.tmp'):  # left by a process that was killed
+            os.remove(os.path.join(folder, name))
+    if keep and os.path.exists(path):
+        with open(path, 'rb') as f:
+            lines = [line for line in f if is_kept(line, keep)]
     write_file(path, lambda f: f.writelines(lines))
 
 def is_kept(line, keep):

@@ -10,7 +10,7 @@ not said). `model.config` is a dataclass with block_size and vocab_size. For spe
 `new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them the open
 recurrence step is computed anew for every token.
 """
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,10 +63,6 @@ def find_model(model_type):
     require(isinstance(model_type, str) and model_type in MODELS,
             f'model_type must be one of {", ".join(map(repr, MODELS))}, not {model_type!r}')
     return MODELS[model_type]
-
-def model_args(model):
-    """The sizes of a model as a plain dictionary."""
-    return asdict(model.config)
 
 def count_parameters(model):
     """Parameters without the position embedding, as GPTs are usually counted."""

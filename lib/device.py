@@ -1,5 +1,4 @@
 """The machine: which device computes, what multiplies on a CPU, what is compiled, and threads."""
-import ctypes
 import os
 import platform
 import sys
@@ -33,17 +32,11 @@ def pick_device(device='auto'):
                          f'one that is') from None
     return device
 
-def usable_cores():
-    """CPU cores that this process may use: an affinity mask counts."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 def set_threads(threads):
     """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
     can use."""
-    require(threads <= max(64, usable_cores()), f'threads={threads} is more than this machine can '
-            f'use, which has {usable_cores()} cores: --threads=0 leaves it to torch')
+    require(threads <= max(64, os.cpu_count() or 1), f'threads={threads} is more than this machine '
+            f'can use, which has {os.cpu_count()} cores: --threads=0 leaves it to torch')
     if threads:
         torch.set_num_threads(threads)
 
@@ -53,20 +46,8 @@ def set_up(device, threads, products='auto'):
     set_threads(threads)
     device = pick_device(device)
     if device == 'cpu':
-        keep_freed_memory()
         choose_products(products)
     return device
-
-def keep_freed_memory():
-    """Have the C library keep what is freed for the next update, where it is glibc: on a CPU the
-    page faults of giving it back and taking it anew are 5 to 10 % of an update's time."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    mallopt(trim_threshold, 2 ** 31 - 1)  # each the largest that it takes
-    mallopt(mmap_threshold, 2 ** 25)
 
 def choose_products(products):
     """Who multiplies float32 matrices on this CPU from now on: 'onednn' or 'torch'.
@@ -101,12 +82,12 @@ def cpu_info():
 
 def compile_blocks(model, compile, device):
     """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA. They
-    are tried out, backward too; if that fails, a line says so. Returns whether it did not."""
+    are tried out, backward too; if that fails, a line says so."""
     if compile == 'auto':
         compile = 'kernels' if device.startswith('cuda') else 'off'
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compile == 'off' or not blocks:
-        return False
+        return
     T = min(2 * getattr(model, 'unit', 1) + 1, model.config.block_size)
     idx = torch.zeros(2, T, dtype=torch.int64, device=device)
     for block in blocks:
@@ -119,10 +100,8 @@ def compile_blocks(model, compile, device):
         print(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on '
               f'without it', file=sys.stderr)
         torch.compiler.set_stance('force_eager')
-        return False
     finally:
         model.zero_grad(set_to_none=True)
-    return True
 
 def peak_mb(device):
     """The most memory there was: of the CUDA allocator, else of this process; in MB, or None where

@@ -11,17 +11,13 @@ locks = {}  # path of a folder: an open file in it, whose lock ends with this pr
 def own_folder(folder):
     """Make a folder and keep it for this process; a killed one leaves no lock behind.
 
-    Raises SystemExit if it cannot be written, or if another process has it.
+    Raises OSError if it cannot be written, SystemExit if another process has it.
     """
     path = os.path.join(os.path.realpath(folder), '.lock')
     if path in locks:
         return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        locks[path] = open(path, 'a+')
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {folder}: {error.strerror}; --out_dir=PATH goes '
-                         f'elsewhere') from None
+    os.makedirs(folder, exist_ok=True)
+    locks[path] = open(path, 'a+')
     try:
         if fcntl:
             fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,11 +55,3 @@ def write_file(path, write, kept='what was there is kept'):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
-def append_line(path, line):
-    """Add a line to a file. Raises SystemExit if that cannot be done."""
-    try:
-        with open(path, 'a') as f:
-            f.write(line + '\n')
-    except OSError as error:
-        raise SystemExit(f'error: cannot write {path}: {error.strerror}') from None

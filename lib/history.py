@@ -10,15 +10,15 @@ from lib.console import Progress, require, say
 from lib.contract import unit
 from lib.records import ROOT, metric
 from lib.scoring import last_losses, mean_and_error, token_losses
-from prepare import Tokenizer, load_meta
+from prepare import Tokenizer, load_meta, read_text
 
 USEFUL = 0.005  # nats per token that older text must be worth to count as preserved
-WORDS = {'word': r'[^\W\d_]+', 'identifier': r'[A-Za-z_]\w*'}  # where a token is a character
+WORD = r'[^\W\d]\w*'  # where a token is a character; identifiers of a program, too
 
 def probe_text(model, saved, p, device):
     """The loss of a text, its context curve and remote co-occurrence: see tasks/__init__.py."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
-    tokens, found = read_text(saved, p)
+    tokens, found = open_text(saved, p)
     lengths, starts, borders = chosen = plan(len(tokens), size, p)
     far_words = 2 * p.words * sum(borders)
     progress = Progress('loss', len(tokens) + len(starts) * sum(lengths) + far_words)
@@ -47,25 +47,21 @@ def probe_text(model, saved, p, device):
                         'preserved context': metric(kept['x'], n=len(starts) * size),
                         'worth of longer history': metric(**kept)}}
 
-def read_text(saved, p):
+def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
     require(saved.get('data') and saved.get('tokenizer'),
             'the checkpoint does not name its data set: probe runs of train.py')
-    tokenizer, dataset = Tokenizer(saved['tokenizer']), saved['data']['dataset']
+    tokenizer = Tokenizer(saved['tokenizer'])
     if p.file:
-        try:
-            with open(p.file, encoding='utf-8-sig', newline='') as f:  # as prepare.py reads texts
-                ids = tokenizer.encode(f.read())
-        except (OSError, ValueError) as error:
-            raise SystemExit(f'error: cannot read the text, as UTF-8: {error}') from None
+        ids = tokenizer.encode(read_text(p.file))
     else:
-        folder = os.path.join(ROOT, p.data_dir, dataset)
+        folder = os.path.join(ROOT, p.data_dir, saved['data']['dataset'])
         meta = load_meta(folder)
         require((meta['sha256'], meta['tokenizer']) == (saved['data']['sha256'], tokenizer.spec),
                 f'{folder} has another text or tokenizer than the model: prepare that again')
         ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
     tokens = torch.from_numpy(ids.astype(np.int64))
-    return tokens, recurrences(tokens, tokenizer, 'identifier' if dataset == 'python' else 'word')
+    return tokens, recurrences(tokens, tokenizer)
 
 def plan(N, size, p):
     """Histories in whole segments, the starts of the target segments, evenly spread over a text of
@@ -104,12 +100,12 @@ def bootstrap(values, stretches, resamples, generator):
     low, high = np.quantile(means[picks].mean(dim=1), [0.025, 0.975]).tolist()
     return {'value': rows.mean().item(), 'low': low, 'high': high, 'n': values.numel()}
 
-def recurrences(tokens, tokenizer, kind):
+def recurrences(tokens, tokenizer):
     """(place, length, distance) of each word that was there before, `distance` tokens back. A word
-    is a token that holds a letter or, where tokens are characters, a run of them."""
+    is a token that holds a letter or, where tokens are characters, a WORD."""
     if tokenizer.spec['kind'] == 'char':
         text = tokenizer.decode(tokens.tolist())
-        words = [(match.start(), match.group()) for match in re.finditer(WORDS[kind], text)]
+        words = [(match.start(), match.group()) for match in re.finditer(WORD, text)]
     else:
         lettered = {i for i in set(tokens.tolist()) if any(map(str.isalpha, tokenizer.decode([i])))}
         words = [(place, (i,)) for place, i in enumerate(tokens.tolist()) if i in lettered]

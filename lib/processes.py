@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lib.console import require
 
@@ -53,9 +54,7 @@ def average_gradients(model):
     for p in model.parameters():  # one process may have met a parameter that another has not
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in model.parameters()]
-    flat = mean(torch.cat([grad.flatten() for grad in grads]))
-    for grad, averaged in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(averaged.view_as(grad))
+    vector_to_parameters(mean(parameters_to_vector(grads)), grads)
 
 def mean(value):
     """The mean of a tensor over the processes."""
@@ -69,14 +68,14 @@ def my_share(rows):
 
 def from_writer(make):
     """What make() returns in the one process that writes; all get it, and wait for it. If it raises
-    SystemExit there, the others end as well, without a word."""
+    SystemExit or OSError there, the others end as well, without a word."""
     if WORLD == 1:
         return make()
     box, error = [None, True], None
     if RANK == 0:
         try:
             box = [make(), False]
-        except SystemExit as refused:
+        except (SystemExit, OSError) as refused:
             error = refused
     dist.broadcast_object_list(box)
     if box[1]:
@@ -95,7 +94,7 @@ class Stop:
     Not so under torchrun, which sends on what it gets, and kills after half a minute."""
 
     def __init__(self):
-        self.signal, self.waiting = 0, False
+        self.signal = 0
         known = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
         self.numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's
         for number in self.numbers:
@@ -105,8 +104,6 @@ class Stop:
         self.signal = number
         if WORLD == 1:
             self.done()
-        if self.waiting:  # for input that may never come
-            raise KeyboardInterrupt
 
     def done(self):
         """Answer signals as usual."""

@@ -21,7 +21,6 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'training tokens/s': '{metrics/tokens_per_s|,.0f}', 'minutes': '{metrics/minutes|.1f}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
-PRESERVED = {'preserved context': '{metrics/preserved context}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 DIFFERENCE = '{@|+.4f} ± {@/error|.4f}, {@/verdict} || {@|+.4f}, {@/verdict}'
 
@@ -94,9 +93,6 @@ def columns_of(name, rows, template):
     xs = {point['x'] for record in rows.values() for point in record['curves'][name]['points']}
     return {str(x): template.replace('@', f'curves/{name}/{x}') for x in sorted(xs)}
 
-def context_table(rows):
-    return table(rows, {**columns_of('context curve', rows, '{@|.4f}'), **PRESERVED})
-
 def difference_table(record):
     """The first run minus each other: a row for each, a column for each budget."""
     budgets = by_budget(record['parts'])
@@ -122,8 +118,10 @@ def write(record, folder):
                  '![](loss.png)']
     if runs:
         sections += [
-            '## Loss by the tokens of history before a segment', context_table(runs),
-            '![](context.png)', 'What still longer history is worth, with 95 % intervals:',
+            '## Loss by the tokens of history before a segment',
+            table(runs, {**columns_of('context curve', runs, '{@|.4f}'),
+                         'preserved context': '{metrics/preserved context}'}), '![](context.png)',
+            'What still longer history is worth, with 95 % intervals:',
             table(runs, columns_of('worth of longer history', runs, INTERVAL)),
             '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, '
             'by the least number of tokens between, with 95 % intervals:',

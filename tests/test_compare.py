@@ -82,7 +82,7 @@ def test_from_start_to_report(compared):
     for models in report.by_budget(record['parts']).values():
         main = report.table(models, report.MAIN)
         assert '|  |' not in main[4:] and main in text
-    assert report.context_table(report.rows_of(record['parts'])) in text
+    assert '\n|  | 0 | 12 | 24 | preserved context |\n' in text
     assert report.difference_table(record) in text
     assert '## After 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
@@ -178,9 +178,11 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
 def test_tables_of_curves():
     points = [[{'x': 0, 'value': 2.5}, {'x': 12, 'value': 2.0}], [{'x': 24, 'value': 3.0}]]
     parts = [part('a', seed, 1.0, points=some) for seed, some in enumerate(points)]
-    assert report.context_table(report.rows_of(parts)).splitlines() == [
-        '|  | 0 | 12 | 24 | preserved context |', '| --- | --- | --- | --- | --- |',
-        '| a, 0 | 2.5000 | 2.0000 |  |  |', '| a, 1 |  |  | 3.0000 |  |']
+    rows = report.rows_of(parts)
+    columns = report.columns_of('context curve', rows, '{@|.4f}')
+    assert report.table(rows, columns).splitlines() == [
+        '|  | 0 | 12 | 24 |', '| --- | --- | --- | --- |',
+        '| a, 0 | 2.5000 | 2.0000 |  |', '| a, 1 |  |  | 3.0000 |']
 
 @pytest.mark.parametrize('name', sorted(glob.glob('compare_*', root_dir=f'{ROOT}/config')))
 def test_the_plans_of_the_comparisons_in_the_repository(name):

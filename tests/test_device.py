@@ -1,10 +1,6 @@
 """The machine: who multiplies on a CPU, what is compiled, devices, threads and memory."""
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from test_train import equal, load, starter
 
 from lib import device
@@ -68,15 +64,3 @@ def test_a_device_that_is_not_there_is_told():
         device.pick_device('tpu')
     with pytest.raises(SystemExit, match='more than this machine can use'):
         device.set_threads(100_000)
-
-def test_freed_memory_is_kept():
-    """In a process of its own: taking as much again as was freed costs no page faults."""
-    program = '''if True:
-        import resource, torch, lib.device
-        lib.device.keep_freed_memory()
-        for _ in range(2):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            [torch.zeros(2 ** 20) for _ in range(30)]  # 4 MB each
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)'''
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
-    assert int(done.stdout) < 10000, done.stderr  # of 30,720 pages

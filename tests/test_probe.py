@@ -41,7 +41,7 @@ def test_the_curve_drops_at_the_lag_and_nowhere_else():
 
 def test_preserved_context_asks_for_a_gain_of_some_size(monkeypatch):
     tokens = torch.randperm(LAG).repeat(100)[:3000]
-    monkeypatch.setattr(history, 'read_text', lambda saved, p: (tokens, []))
+    monkeypatch.setattr(history, 'open_text', lambda saved, p: (tokens, []))
     monkeypatch.setattr(history, 'last_losses', lambda model, *args: 0.004 * knows_the_lag(*args))
     model, p = make(segment_size=SIZE, vocab_size=LAG), SimpleNamespace(**P)
     found = history.probe_text(model, {}, p, 'cpu')['metrics']
@@ -98,10 +98,9 @@ def test_the_bootstrap_draws_whole_stretches():
 def test_words_and_where_they_stood_last():
     letters = SimpleNamespace(spec={'kind': 'char'}, decode=lambda ids: ''.join(map(chr, ids)))
     tokens = torch.tensor(list(b'the cat, the dog2 x_1 the x_1'))
-    assert history.recurrences(tokens, letters, 'word') == [(9, 3, 9), (22, 3, 13), (26, 1, 8)]
-    assert history.recurrences(tokens, letters, 'identifier')[-1] == (26, 3, 8)
+    assert history.recurrences(tokens, letters) == [(9, 3, 9), (22, 3, 13), (26, 3, 8)]
     pieces = SimpleNamespace(spec={'kind': 'gpt2'}, decode=lambda ids: ['the', ', ', 'cat'][ids[0]])
-    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces, '') == [(3, 1, 3)]
+    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces) == [(3, 1, 3)]
 
 SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
 

@@ -55,8 +55,7 @@ def test_settings(sample):
     assert first == second == sample('--top_k=1').out == sample('--top_p=1e-9').out
 
 def test_prompts(sample, model_dir, tmp_path):
-    """Of any length, with escapes as one types them; the default one only where it is known; what
-    comes before a bad character is not lost."""
+    """Of any length, with escapes as one types them; the default one only where it is known."""
     change(model_dir / 'ckpt.pt', tokenizer=other_chars('y.', 'n\\'))
     (tmp_path / 'text').write_text(words := 'ape bee cow 1234 ' * 9)
     for start, text in [('', ''), ('a', 'a'), (words, words), (f"FILE:{tmp_path / 'text'}", ''),
@@ -67,9 +66,8 @@ def test_prompts(sample, model_dir, tmp_path):
     assert sample('--start=ape\\tb').out.startswith('ape\tb')
     assert len(sample().out) == 20 + 1 and sample('--start=\\n').code == 1
     (tmp_path / 'text').write_text(words + ' \u20ac')
-    done = sample(f"--start=FILE:{tmp_path / 'text'}", f"--save_state={tmp_path / 'state'}")
+    done = sample(f"--start=FILE:{tmp_path / 'text'}")
     assert done.code == 1 and f'(U+20AC) at position {len(words) + 1}' in done.err
-    assert f'{len(words) - 1} tokens before' in done.err and (tmp_path / 'state').exists()
 
 def test_a_state_goes_on_as_if_there_had_been_no_break(sample, tmp_path, monkeypatch):
     (tmp_path / 'book.txt').write_text(TEXT)
@@ -95,8 +93,9 @@ def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, mo
         for before, after in zip(blocks, blocks[1:] if 'x' not in text else ()):
             assert after[0].isspace() and not before[-1].isspace()
     slow = 'café au lait, three, où four'  # in blocks of 3 bytes
-    monkeypatch.setitem(file_blocks.__globals__, 'read_bytes', lambda raw: raw.read(3))
-    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(slow.encode())))
+    buffer = io.BytesIO(slow.encode())
+    buffer.read1 = lambda size: buffer.read(3)
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=buffer))
     blocks = list(filter(None, file_blocks('-')))
     assert ''.join(blocks) == slow and [block[0] for block in blocks[1:]] == [' '] * 5
     monkeypatch.setattr(sys, 'stdin', None)
