@@ -134,6 +134,12 @@ try:
 except FloatingPointError as error:
     raise SystemExit(f"error: {error}: the model's weights give no number there; a state saved "
                      f'before is still good') from None
+except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
+    kept = ''
+    if s.save_state and state.read[0]:
+        ckpt.save_state(s.save_state, state, model, generator)
+        kept = f'; {s.save_state} holds the {int(state.read[0]):,} tokens before'
+    raise SystemExit(f'{error}{kept}') from None
 if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
     write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '

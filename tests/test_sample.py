@@ -55,7 +55,8 @@ def test_settings(sample):
     assert first == second == sample('--top_k=1').out == sample('--top_p=1e-9').out
 
 def test_prompts(sample, model_dir, tmp_path):
-    """Of any length, with escapes as one types them; the default one only where it is known."""
+    """Of any length, with escapes as one types them; the default one only where it is known; what
+    comes before a bad character is not lost."""
     change(model_dir / 'ckpt.pt', tokenizer=other_chars('y.', 'n\\'))
     (tmp_path / 'text').write_text(words := 'ape bee cow 1234 ' * 9)
     for start, text in [('', ''), ('a', 'a'), (words, words), (f"FILE:{tmp_path / 'text'}", ''),
@@ -66,8 +67,9 @@ def test_prompts(sample, model_dir, tmp_path):
     assert sample('--start=ape\\tb').out.startswith('ape\tb')
     assert len(sample().out) == 20 + 1 and sample('--start=\\n').code == 1
     (tmp_path / 'text').write_text(words + ' \u20ac')
-    done = sample(f"--start=FILE:{tmp_path / 'text'}")
+    done = sample(f"--start=FILE:{tmp_path / 'text'}", f"--save_state={tmp_path / 'state'}")
     assert done.code == 1 and f'(U+20AC) at position {len(words) + 1}' in done.err
+    assert f'{len(words) - 1} tokens before' in done.err and (tmp_path / 'state').exists()
 
 def test_a_state_goes_on_as_if_there_had_been_no_break(sample, tmp_path, monkeypatch):
     (tmp_path / 'book.txt').write_text(TEXT)
