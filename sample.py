@@ -47,14 +47,23 @@ def check(s):
     if s.save_state:
         ckpt.refuse_to_replace(s.save_state)
 
+def read_bytes(raw):
+    """What there is to read, at most a block; nothing at the end, and once one is to stop."""
+    stop.waiting = True
+    try:
+        return b'' if stop.signal else raw.read1(BLOCK)
+    except KeyboardInterrupt:
+        return b''
+    finally:
+        stop.waiting = False
+
 def file_blocks(name):
-    """A file of UTF-8 as texts of bounded size, until it ends or one is to stop. Raises SystemExit
-    if it cannot be read."""
+    """A file of UTF-8 as texts of bounded size. Raises SystemExit if it cannot be read."""
     try:
         require(name != '-' or sys.stdin, 'cannot read the prompt: standard input is closed')
         with sys.stdin.buffer if name == '-' else open(name, 'rb') as raw:
             decoder, held = codecs.getincrementaldecoder('utf-8-sig')(), ''
-            while not stop.signal and (block := raw.read1(BLOCK)):
+            while block := read_bytes(raw):
                 held += decoder.decode(block)
                 # cut where a word ends: the pieces of GPT-2's tokenizer never reach across
                 ends = [match.start() for match in re.finditer(r'(?<=\S)\s', held)]

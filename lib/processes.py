@@ -94,7 +94,7 @@ class Stop:
     Not so under torchrun, which sends on what it gets, and kills after half a minute."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.waiting = 0, False
         known = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
         self.numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's
         for number in self.numbers:
@@ -104,6 +104,8 @@ class Stop:
         self.signal = number
         if WORLD == 1:
             self.done()
+        if self.waiting:  # for input that may never come
+            raise KeyboardInterrupt
 
     def done(self):
         """Answer signals as usual."""

@@ -95,9 +95,8 @@ def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, mo
         for before, after in zip(blocks, blocks[1:] if 'x' not in text else ()):
             assert after[0].isspace() and not before[-1].isspace()
     slow = 'café au lait, three, où four'  # in blocks of 3 bytes
-    buffer = io.BytesIO(slow.encode())
-    buffer.read1 = lambda size: buffer.read(3)
-    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=buffer))
+    monkeypatch.setitem(file_blocks.__globals__, 'read_bytes', lambda raw: raw.read(3))
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(slow.encode())))
     blocks = list(filter(None, file_blocks('-')))
     assert ''.join(blocks) == slow and [block[0] for block in blocks[1:]] == [' '] * 5
     monkeypatch.setattr(sys, 'stdin', None)
