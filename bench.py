@@ -3,6 +3,7 @@
     python bench.py                       # generation, in some minutes
     python bench.py --parts=speed,memory  # training: hours on two CPU cores
 """
+import lib.start  # noqa: F401 (before torch)
 import json
 import re
 import statistics

@@ -7,6 +7,7 @@ Side by side: train models on the same text, probe and sample each, report which
 Each run is one of train.py in a folder of its own. Ctrl-C stops, and the same command goes on from
 there. A run that fails is reported, does not stop the others, and is tried again by the next call.
 """
+import lib.start  # noqa: F401 (before torch)
 import asyncio
 import json
 import math
@@ -22,7 +23,7 @@ from subprocess import PIPE, Popen
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, require, say
-from lib.device import set_threads
+from lib.device import pick_device, set_threads
 from lib.files import own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
@@ -102,6 +103,7 @@ def read_comparison(name):
     """What a comparison file says, checked. Raises SystemExit for what cannot be meant."""
     require(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
     given = {key: value for key, value in run_file(name, ROOT).items() if not is_helper(value)}
+    require('runs' in given, f'{name} lists no runs: a comparison does; for one run, take train.py')
     for key, value in given.items():
         require(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
         kind = type(KEYS[key])
@@ -127,6 +129,7 @@ def settings_of(c, name):
     settings = {'gradient_accumulation_steps': 1, **c['common'], **c['runs'][name]}
     sizes = [settings.get(key) for key in UPDATE]
     update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
+    require(settings.get('task', 'text') == 'text', f'run {name!r}: only runs on text are compared')
     require(update and c['tokens'] % update == 0,
             f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
             f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
@@ -243,6 +246,7 @@ async def work_on(s, runs):
 def main(s):
     at_least(s, jobs=1, threads=0)
     set_threads(s.threads)
+    pick_device(s.device)
     require(not s.record or not (s.quick or s.only),
             'no --record with --quick or --only: results/ is for whole comparisons')
     c = read_comparison(s.comparison)

@@ -16,9 +16,10 @@ import types
 from contextlib import suppress
 from glob import glob
 
-from lib.console import explain, require, say
+from lib.console import require, say
 
-KINDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}
+KINDS = {bool: 'True or False', int: 'an integer below 2 ** 63', float: 'a finite number',
+         str: 'text'}
 
 class Settings:
     """The value of every key as a read-only attribute; `given` is the set of keys that were set."""
@@ -42,21 +43,20 @@ def configure(namespace, argv=None, positional=None, parts=None):
 
     namespace: the script's globals(), only read. argv: its command line, if not sys.argv[1:].
     positional: the key that a bare argument sets; without it a bare argument is a config file.
-    parts: function of the values of the script's own keys. It returns a list of modules and
+    parts: function of the Settings of the script's own keys. It returns a list of modules and
     dataclasses whose defaults are keys as well, where the script has none of that name.
-    Raises SystemExit with one line on bad input, and after --help. Ctrl-C is one line from now on.
+    Raises SystemExit with one line on bad input, and after --help.
     """
-    sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     wants_help = {'-h', '--help'} & set(argv)
     script = types.SimpleNamespace(**{'__file__': 'script.py', '__doc__': '', **namespace})
     entries = _read([item for item in argv if item not in wants_help], positional,
                     os.path.dirname(os.path.abspath(script.__file__)))
-    defaults = _defaults(script)
+    defaults = defaults_of(script)
     sources = [(script, defaults)]
-    known, _ = _apply([entry for entry in entries if entry[1] in defaults], defaults)
+    known = Settings(*_apply([entry for entry in entries if entry[1] in defaults], defaults))
     for part in parts(known) if parts else ():
-        more = {key: value for key, value in _defaults(part).items() if key not in defaults}
+        more = {key: value for key, value in defaults_of(part).items() if key not in defaults}
         sources.append((part, more))
         defaults = {**defaults, **more}
     if wants_help:
@@ -127,18 +127,7 @@ def is_helper(value):
     """Whether a name in a config file is no setting, but something to compute settings with."""
     return callable(value) or isinstance(value, types.ModuleType)
 
-def _excepthook(kind, error, trace):
-    """Show what ends the script; without a traceback unless the program is to blame."""
-    if issubclass(kind, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what standard output still holds
-    elif issubclass(kind, KeyboardInterrupt):
-        print('stopped', file=sys.stderr)
-    elif line := explain(error):
-        print(line, file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-def _defaults(source):
+def defaults_of(source):
     """{key: default} of a script, a module or a dataclass."""
     keys = getattr(source, '__dataclass_fields__', vars(source))
     return {key: value for key in keys if type(value := getattr(source, key, None)) in KINDS
@@ -184,7 +173,8 @@ def _check(origin, key, value, default):
                 found = convert(value)
     with suppress(ValueError, OverflowError):  # of int(nan), int(inf) and float(10 ** 400)
         similar = type(found) is kind or {type(found), kind} == {int, float}  # a bool is no int
-        if similar and kind(found) == found and (kind is not int or abs(found) < 2 ** 63):
+        limit = {int: 2 ** 63, float: float('inf')}.get(kind)
+        if similar and kind(found) == found and (limit is None or abs(found) < limit):
             return kind(found)
     raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]}')
 

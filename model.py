@@ -23,7 +23,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-FUSED_FROM = 65  # keys from which torch's fused attention is used on a CPU; on a GPU it always is
+# On a CPU, torch's fused attention is used from so many keys on, on a GPU always: attend() has both
+# ways, and what is changed in one of them is to be changed in the other.
+FUSED_FROM = 65
 
 def one_of(config, **choices):
     for key, known in choices.items():
@@ -69,7 +71,8 @@ class FoldConfig(GPTConfig):
         one_of(self, local=('segment', 'sliding'), carry=('plain', 'gated'),
                past=('evolving', 'frozen', 'local', 'none'))
         if self.block_size % self.segment_size:
-            raise ValueError(f'block_size must be a multiple of segment_size={self.segment_size}')
+            raise ValueError(f'block_size={self.block_size} must be a multiple of '
+                             f'segment_size={self.segment_size}')
         if self.window:
             raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
         if self.carry == 'gated' and not self.recurrent:

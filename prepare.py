@@ -1,4 +1,5 @@
 """Turn a text into a data set of tokens: data/NAME/train.bin, val.bin and meta.json."""
+import lib.start  # noqa: F401 (before torch)
 import gzip
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from lib.console import require, say
+from lib.console import Progress, require, say
 
 dataset = ''        # name: shakespeare, python, or one of your choice together with --file
 file = ''           # text to read, UTF-8, packed by gzip or not; shakespeare: a local copy
@@ -56,7 +57,12 @@ class Tokenizer:
         """Token ids of a text, (N,) uint16. SystemExit on a character that the vocabulary has not;
         its position is counted from `start`."""
         if self._gpt2:
-            return np.array(self._gpt2.encode_ordinary(text), dtype='<u2')
+            progress, parts = Progress('tokens of gpt2', len(text), 'characters'), []
+            for part in pieces(text):
+                parts.append(np.array(self._gpt2.encode_ordinary(part), dtype='<u2'))
+                progress.at(progress.done + len(part))
+            progress.close()
+            return np.concatenate(parts or [np.zeros(0, dtype='<u2')])
         ids = self._ids[_codes(text)]
         for i in np.flatnonzero(ids < 0)[:1]:
             raise SystemExit(f'error: character {text[i]!r} (U+{ord(text[i]):04X}) at position '
@@ -132,6 +138,16 @@ def load_meta(folder):
         raise SystemExit(f'error: {path} is missing, damaged or of an older version '
                          f'({_reason(error)}): {again}') from None
     return meta
+
+def pieces(text, size=1 << 18):
+    """A text in pieces of about `size` characters, each cut where a word ends: no token of gpt2
+    reaches across."""
+    start = 0
+    while start < len(text):
+        found = re.compile(r'(?<=\S)\s').search(text, start + size)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
 
 def _char_spec(text):
     return {'kind': 'char', 'chars': ''.join(sorted(set(text)))}

@@ -8,10 +8,11 @@ but the c tokens before it is taken away. Preserved context: the largest c beyon
 still worth 0.005 nats per token. Remote co-occurrence: the loss of a word with and without the one
 place where it stood last. Needle: recall against distance. Pairs: recall against their number.
 """
+import lib.start  # noqa: F401 (before torch)
 import os
 import re
 
-from configurator import at_least, configure
+from configurator import at_least, configure, defaults_of
 from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
@@ -52,6 +53,9 @@ def main(p):
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
+    missing = [key for key in ('segment_size', 'seed', *defaults_of(find_task(saved['task'])))
+               if key not in saved.get('config', {}) and saved['task'] != 'text']
+    require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
     task, config, folder = find_task(saved['task']), saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}

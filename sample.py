@@ -4,6 +4,7 @@
     python sample.py --start=FILE:book.txt --max_new_tokens=0 --save_state=book.state
     python sample.py --load_state=book.state --start="And so"
 """
+import lib.start  # noqa: F401 (before torch)
 import codecs
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 
 from configurator import at_least, configure
 from lib import checkpoint as ckpt
-from lib.console import Progress, require, write
+from lib.console import Progress, lost, require, write
 from lib.device import set_up
 from lib.processes import Stop
 from lib.streaming import new_state, read_, stream
@@ -153,3 +154,4 @@ if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
     write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '
                       f'{os.path.getsize(s.save_state):,} bytes\n')
+sys.exit(sys.stdout in lost)

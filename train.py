@@ -8,6 +8,7 @@
 Ctrl-C or SIGTERM finishes the update and saves; --init_from=resume then goes on as if nothing had
 happened.
 """
+import lib.start  # noqa: F401 (before torch)
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
 from lib.processes import RANK, WORLD, from_all, from_writer
 from lib.records import ROOT, make_record, metric, provenance, save_record
+from lib.streaming import check_reading
 from tasks import find_task
 
 # run
@@ -91,13 +93,19 @@ HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):
     """Whose settings are keys as well: the task, and the config of the model; a resumed run's."""
-    if known['init_from'] == 'resume':
-        known = ckpt.load_to_resume(os.path.join(ROOT, known['out_dir']))['config']
-    return [find_task(known['task']), find_model(known['model_type'])[0]]
+    task, model_type = known.task, known.model_type
+    if known.init_from == 'resume':
+        saved = ckpt.load_to_resume(os.path.join(ROOT, known.out_dir))['config']
+        task, model_type = saved['task'], saved['model_type']
+        for key in {'task', 'model_type'} & known.given:
+            require(getattr(known, key) == saved[key], f'{known.out_dir} holds a run of {key} '
+                    f'{saved[key]!r}, not {getattr(known, key)!r}: resume it without that, or go '
+                    f'elsewhere with --out_dir')
+    return [find_task(task), find_model(model_type)[0]]
 
 def check(s):
     """Refuse settings that would fail later, or worse, not fail at all."""
-    at_least(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=0,
+    at_least(s, seed=0, batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=0,
              warmup_iters=0, eval_interval=1, log_interval=1, threads=0, learning_rate=0.0,
              min_lr=0.0, weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
     one_of(s, dtype=('auto', 'float32', 'bfloat16'), products=machine.PRODUCTS,
@@ -110,6 +118,8 @@ def check(s):
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
+    if '.lock' in found:
+        own_folder(out_dir)  # says whose it is
     found = sorted(name for name in found - {'log.jsonl', '.lock'} if not name.endswith('.tmp'))
     require(s.init_from == 'resume' or s.overwrite or not found,
             f'{out_dir} is not empty ({"".join(found[:1])}): --overwrite=True starts over, '
@@ -137,9 +147,8 @@ def train_step(it):
     return loss, tokens
 
 def stop_unless_finite(value, what):
-    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped, the best '
-            f'checkpoint in {out_dir} is from before. A lower learning_rate than '
-            f'{s.learning_rate} usually helps')
+    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped; what is in '
+            f'{out_dir} is from before. A lower learning_rate than {s.learning_rate} usually helps')
 
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
@@ -250,6 +259,9 @@ if s.init_from == 'scratch':
 elif s.init_from == 'resume':
     model = ckpt.load_model(checkpoint)
 else:
+    others = [key for key in ('filler', 'symbols', 'names') if key in s.as_dict()
+              and checkpoint.get('config', {}).get(key, getattr(s, key)) != getattr(s, key)]
+    require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'window',
            'dropout')
     sizes = {key: getattr(s, key) for key in own}
@@ -260,6 +272,7 @@ else:
     require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
                              f"it with the checkpoint's tokenizer")
 model.to(device)
+check_reading(model)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
 s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
@@ -276,14 +289,19 @@ if RANK:
 run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=False,
                       val={'val_loss': math.inf, 'val_error': None}, **new_interval())
 if s.init_from == 'resume':
-    require(checkpoint['run'].keys() == vars(run).keys(), f'{last_path} cannot be resumed: its '
-            f"'run' is damaged; --init_from={last_path} starts from its weights")
     try:
+        kinds = [{key: type(value) for key, value in one.items()}
+                 for one in (checkpoint['run'], vars(run))]
+        if kinds[0] != kinds[1]:
+            raise TypeError('run')
         optimizer.load_state_dict(checkpoint['optimizer'])
         for group in optimizer.param_groups:
             decay = s.weight_decay if group['weight_decay'] else 0.0
             group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
         vars(run).update(checkpoint['run'])
+        if checkpoint['config'].get('eval_tokens') != s.as_dict().get('eval_tokens'):
+            run.best = math.inf
+            say('resume: other eval_tokens than before: the best loss starts anew')
         run.interval_loss = run.interval_loss.to(device)
         job.load_state(checkpoint['task_state'], device)
         for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
@@ -302,11 +320,13 @@ say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
 # --- train ----------------------------------------------------------------------------------------
 model.train()
 stop = processes.Stop()
+folder = shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')
 finished = run.done >= s.max_iters
 if not run.done:
     save()  # a run that is killed before its first evaluation can be resumed, too
 if run.pending or finished:
     evaluate()
+first = run.done
 while run.done < s.max_iters:
     start_time = time.perf_counter()
     loss, tokens = train_step(run.done)
@@ -323,6 +343,8 @@ while run.done < s.max_iters:
         mean_loss = run.interval_loss.item() / run.interval_steps
         stop_unless_finite(mean_loss, 'the training loss')
     seconds = time.perf_counter() - start_time
+    if run.done == first + 2:  # the first update warms up
+        say(f'about {duration(seconds * (s.max_iters - run.done))} to go, by the second update')
     run.seconds += seconds
     run.interval_seconds += seconds
     if log_now:
@@ -335,12 +357,11 @@ while run.done < s.max_iters:
         evaluate()
 if run.done < s.max_iters:
     say(f'stopped by {signal.Signals(stop_now).name} after iteration {run.done} of {s.max_iters}, '
-        f'saved; --init_from=resume goes on from there')
+        f'saved; python train.py --init_from=resume {folder} goes on from there')
 else:
     from_writer(write_record)
     script = 'sample.py' if job.tokenizer else 'probe.py'
     word = 'nothing left to train, evaluated again' if finished else 'done'
-    say(f"{word}, {duration(run.seconds)} of training; python {script} "
-        f"{shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')}")
+    say(f'{word}, {duration(run.seconds)} of training; python {script} {folder}')
 stop.done()
 processes.leave()

@@ -169,6 +169,7 @@ def save_state(path, state, model, generator):
 
 def refuse_to_replace(path):
     """Raise SystemExit unless a state can be written to path, where no other kind of file is."""
+    require(os.path.isfile(path) or not os.path.exists(path), f'{path} is no file: name another')
     try:
         if os.path.exists(path):
             read_state(path)
@@ -217,7 +218,11 @@ def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
     says so; without keep a run starts anew, and the files of another go."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    gone = () if keep else (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
+    own = (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
+    for name in ('log.jsonl', *own):
+        require(not os.path.isdir(os.path.join(folder, name)), f'{folder} has a folder {name} in '
+                f'place of a file: rename it, or go elsewhere with --out_dir')
+    gone = () if keep else own
     for name in os.listdir(folder):
         if name in gone or name.endswith('.tmp'):  # left by a process that was killed
             os.remove(os.path.join(folder, name))

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 
+lost = []      # streams that could not take what was written
 REPEAT = 30.0  # seconds between lines of progress where no terminal shows them
 
 def say(text=''):
@@ -19,6 +20,7 @@ def write(stream, text):
         stream.write(text.encode(encoding, 'replace').decode(encoding))
         stream.flush()
     except OSError as error:  # a closed pipe, a full disk: from here on the stream leads nowhere
+        lost.append(stream)
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             signal.raise_signal(signal.SIGTERM)

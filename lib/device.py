@@ -32,13 +32,23 @@ def pick_device(device='auto'):
                          f'one that is') from None
     return device
 
+def usable_cores(quota='/sys/fs/cgroup/cpu.max'):
+    """CPU cores that this process may use: an affinity mask and a cgroup's quota count."""
+    affinity = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    if os.path.exists(quota):
+        with open(quota) as f:
+            limit, period = f.read().split()
+        cores = cores if limit == 'max' else min(cores, max(1, round(int(limit) / int(period))))
+    return cores
+
 def set_threads(threads):
-    """Take so many CPU threads; 0 leaves it to torch. Raises SystemExit beyond what the machine
-    can use."""
-    require(threads <= max(64, os.cpu_count() or 1), f'threads={threads} is more than this machine '
-            f'can use, which has {os.cpu_count()} cores: --threads=0 leaves it to torch')
-    if threads:
-        torch.set_num_threads(threads)
+    """Take so many CPU threads; 0 takes what torch would, but no more than there are cores to use.
+    Raises SystemExit beyond what the machine can use."""
+    cores = usable_cores()
+    require(threads <= max(64, cores), f'threads={threads} is more than this machine can use, '
+            f'which has {cores} cores: --threads=0 takes as many as are of use')
+    torch.set_num_threads(threads or min(cores, torch.get_num_threads()))
 
 def set_up(device, threads, products='auto'):
     """Take a device and so many CPU threads, and on a CPU what computes fastest there. Returns the

@@ -16,6 +16,7 @@ column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMA
 Where a field is missing, what follows || is taken, or nothing. `lines`: any text with fields.
 `picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log = no, log_y = yes.
 """
+import lib.start  # noqa: F401 (before torch)
 import os
 import re
 import statistics

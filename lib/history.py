@@ -49,7 +49,7 @@ def probe_text(model, saved, p, device):
 
 def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
-    require(saved.get('data') and saved.get('tokenizer'),
+    require({'dataset', 'sha256'} <= {*(saved.get('data') or ())} and saved.get('tokenizer'),
             'the checkpoint does not name its data set: probe runs of train.py')
     tokenizer = Tokenizer(saved['tokenizer'])
     if p.file:

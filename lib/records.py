@@ -70,7 +70,7 @@ def load_record(path):
     """What save_record wrote. Raises SystemExit if it is missing, not JSON, or no record."""
     try:
         record = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f'error: cannot read {path}: {error}') from None
     require(isinstance(record, dict) and all(isinstance(record.get(key), kind)
                                              for key, kind in SHAPE.items()),

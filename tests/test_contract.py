@@ -11,11 +11,12 @@ from torch.nn import functional as F
 import compare
 from configurator import configure
 from lib.checkpoint import load, load_model
-from lib.contract import carries
+from lib.contract import carries, unit
 from lib.gradients import backpropagate
 from lib.records import load_record
+from lib.rows import rowwise
 from lib.scoring import token_losses
-from lib.streaming import generate, new_state, read_, sample_token
+from lib.streaming import check_reading, generate, new_state, read_, sample_token
 from model import MLP, CausalSelfAttention
 from models import MODELS
 from prepare import Tokenizer
@@ -27,6 +28,22 @@ def squared(self, x):
 
 def scaled(self, x, before=None, cache=None, attention=CausalSelfAttention.forward):
     return attention(self, 1.5 * x, before, cache)
+
+@pytest.mark.parametrize('kind', [*MODELS, *TOYS])
+def test_every_model_keeps_the_contract(kind):
+    """Shapes, the mean loss, rows first in the carry, and logits that are the same piece by piece:
+    those of a model of your own as well, once it is in MODELS."""
+    model = make(kind)
+    B, T = 2, min(3 * unit(model), model.config.block_size)
+    idx, targets = tokens(B, T), tokens(B, T)
+    targets[0, 0] = -1
+    logits, loss, carry = model(idx, targets)
+    last, none, _ = model(idx)
+    assert logits.shape == (B, T, model.config.vocab_size) and none is None
+    assert_equal(last, logits[:, -1:])
+    assert_equal(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1))
+    rowwise(lambda c: assert_equal(len(c), B), carry)
+    check_reading(model)
 
 def streamed(model, idx):
     """The logits after every token of idx (1, T), read one by one."""

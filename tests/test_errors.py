@@ -31,16 +31,20 @@ def contents(folder):
 @pytest.mark.parametrize('settings, parts', [
     (dict(lerning_rate=1), ['unknown key --lerning_rate', 'did you mean --learning_rate']),
     (dict(batch_size=1.5), ["--batch_size='1.5'", 'expected an integer']),
-    (dict(learning_rate='fast'), ["--learning_rate='fast'", 'expected a number']),
+    (dict(learning_rate='fast'), ["--learning_rate='fast'", 'expected a finite number']),
     (dict(stream='yes'), ["--stream='yes'", 'True or False']),
     (dict(batch_size=0), ['batch_size must be at least 1']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(dropout=1.5), ['dropout must lie in [0, 1)']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
     (dict(n_embd=4 * 10 ** 6), ['no memory for this model', 'n_embd']),
-    (dict(segment_size=5), ['block_size', 'must be a multiple of segment_size=5']),
+    (dict(segment_size=5), ['block_size=16 must be a multiple of segment_size=5']),
+    (dict(past='none', carry='gated'), ["carry='gated' has no carry to mix with past='none'"]),
+    (dict(window=4), ["window is a GPT's"]), (dict(position='x'), ['position must be one of']),
+    (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
+    (dict(seed=-1), ['seed must be at least 0']),
     (dict(n_global=0), ['n_global must be at least 1']),
-    (dict(carry='x'), ["carry must be 'plain' or 'gated', not 'x'"]),
+    (dict(carry='x'), ["carry must be one of ('plain', 'gated'), not 'x'"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'", "not 'gtp'"]),
     (dict(task='txt'), ["task must be one of 'needle', 'pairs', 'text', not 'txt'"]),
     (dict(dtype='float16'), ['dtype must be']),
@@ -223,6 +227,37 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: 
         check(run('train.py', *common, '--init_from=resume', '--max_iters=21'), 'too large')
     after = contents(tmp_path)
     assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
+
+@pytest.mark.parametrize('entry', [dict(tokens=[1, 2]), dict(done='x'), dict(val=[1, 2]),
+                                   dict(best=None), dict(interval_loss=0.0)])
+def test_where_training_stands_is_of_the_right_kinds(train, tmp_path, entry):
+    assert train(max_iters=1).code == 0
+    change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, **entry})
+    check(train(init_from='resume'), 'cannot be resumed: it is damaged', "TypeError('run')")
+
+def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
+    """Where a config file of another model or task is given, or another vocabulary of its size."""
+    needle = dict(task='needle', symbols=3, key_length=2, first=1, longest=2, probe_distance=5)
+    assert train(max_iters=1).code == 0
+    assert train(max_iters=1, out_dir=tmp_path / 'needle', **needle).code == 0
+    check(train('gpt', init_from='resume'), "holds a run of model_type 'fold', not 'gpt'")
+    check(train(init_from='resume', **needle), "holds a run of task 'text', not 'needle'")
+    check(train(init_from=tmp_path / 'needle', out_dir=tmp_path / 'b', **{**needle, 'symbols': 2}),
+          "the checkpoint was trained with another ['symbols']")
+
+def test_a_folder_in_place_of_a_file_is_found_before_the_work(run, train, model_dir,  # noqa: F811
+                                                              tmp_path):
+    (tmp_path / 'new' / 'loss.png').mkdir(parents=True)
+    check(train(out_dir=tmp_path / 'new', overwrite=True), 'has a folder loss.png in place of')
+    (model_dir / 'probe.json').mkdir()
+    check(run('probe.py', f'--out_dir={model_dir}', '--device=cpu'), 'probe.json')
+
+def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
+    assert train(max_iters=10).code == 0
+    change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, 'best': 0.0})
+    done = train(init_from='resume', max_iters=20, eval_tokens=100)
+    assert done.code == 0 and 'the best loss starts anew' in done.out
+    assert '(the best so far)' in done.out
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')

@@ -4,11 +4,21 @@ import math
 import pytest
 import torch
 from small import ALL_KEYS, SOME_KEYS, TOYS, V, all_logits, assert_equal, make, shake, tokens
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.checkpoint import load_state, save_state
 from lib.contract import carries
-from lib.streaming import empty_state, generate, new_state, read, read_, sample_token, stream
+from lib.streaming import (
+    check_reading,
+    empty_state,
+    generate,
+    new_state,
+    read,
+    read_,
+    sample_token,
+    stream,
+)
 from model import GPT, FoldConfig, FoldGPT, GPTConfig
 from models import MODELS
 
@@ -21,9 +31,10 @@ CASES = {
     'no local': dict(n_local=0, n_global=1), 'no bias': dict(n_local=1, bias=False),
     'segment of 1': dict(segment_size=1), 'long segment': dict(segment_size=36, block_size=36),
     'long gpt': dict(kind='gpt', block_size=80)}
+FORWARD_ALONE = {*TOYS, *(name for name in MODELS if not hasattr(MODELS[name][1], 'extend'))}
 EVERY = pytest.mark.parametrize('name', CASES)
 EVERY_PATH = pytest.mark.parametrize('name, cached', [
-    (name, cached) for name in CASES for cached in (True, False)[name in TOYS:]])
+    (name, cached) for name in CASES for cached in (True, False)[name in FORWARD_ALONE:]])
 
 def make_case(name):
     return make(**{'segment_size': l, 'block_size': 4 * l, **CASES[name]})
@@ -209,10 +220,27 @@ def test_a_model_whose_extend_is_not_its_forward_is_read_without(kind, config, s
     sizes = dict(vocab_size=V, n_embd=16, n_head=2, block_size=12)
     model, idx = kind(config(**sizes)).double().eval(), tokens(1, 40)
     state = new_state(shake(model) if shaken else model)
-    assert state.cache is None and 'through its caches' in capsys.readouterr().err
+    assert state.cache is None and 'through extend()' in capsys.readouterr().err
     assert_equal(read_in(model, idx, [1] * 40, state)[0], oracle(model, idx))
     assert model.training is False and new_state(make()).cache is not None
     assert not capsys.readouterr().err
+
+class Future(FoldGPT):  # what a reader may get wrong
+    def fold(self, x, carry):
+        return super().fold(x + 0.1 * x.roll(-1, dims=1), carry)
+
+class LongMemory(FoldGPT):
+    def fold(self, x, carry):
+        x, carry = super().fold(x, carry)
+        return x + 0.1 * F.pad(x, (0, 0, 3 * 12, 0))[:, :x.size(1)], carry
+
+@pytest.mark.parametrize('kind', [Future, LongMemory])
+@pytest.mark.parametrize('shaken', [True, False])
+def test_a_model_that_cannot_be_read_piece_by_piece_is_refused(kind, shaken):
+    model = kind(FoldConfig(vocab_size=V, n_embd=16, n_head=2, block_size=12)).eval()
+    for use in (new_state, check_reading):
+        with pytest.raises(SystemExit, match=f'^error: {kind.__name__} gives other logits for a'):
+            use(shake(model) if shaken else model)
 
 def state_with(**items):
     return lambda path, c: torch.save({**c, **items, 'state': {**c['state'], **items}}, path)

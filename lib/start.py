@@ -1,0 +1,20 @@
+"""Imported by every script before torch: how threads wait, and how what ends it is told."""
+import os
+import sys
+
+from lib.console import explain
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # busy waiting collapses beside other work
+
+def tell(kind, error, trace):
+    """Show what ends the script; without a traceback unless the program is to blame."""
+    if issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what standard output still holds
+    elif issubclass(kind, KeyboardInterrupt):
+        print('stopped', file=sys.stderr)
+    elif line := explain(error):
+        print(line, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+sys.excepthook = tell
