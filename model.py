@@ -150,11 +150,11 @@ class CausalSelfAttention(nn.Module):
         `window` of them, or all, the one before it those one earlier, and so on."""
         (A, B, n, D), p = q.shape, self.dropout if self.training else 0.0
         k, v = (x[:, :, -(self.window + n - 1):] if self.window else x for x in (k, v))
-        S = k.size(2)
-        mask = band(n, S, self.window or S, q.dtype, q.device)
-        if n == 1 or S >= FUSED_FROM or q.is_cuda:
-            causal = 1 < n == S <= (self.window or S)
-            mask = None if causal or n == 1 else mask
+        S, window = k.size(2), self.window or k.size(2)
+        fused = n == 1 or S >= FUSED_FROM or q.is_cuda
+        causal = 1 < n == S <= window
+        mask = None if fused and (n == 1 or causal) else band(n, S, window, q.dtype, q.device)
+        if fused:
             return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
         q, k, v = (x.reshape(A * B, -1, D) for x in (q, k, v))
         weights = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (A*B, n, S)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from lib.console import require
+from lib.console import require, say
 from model import Block
 
 PRODUCTS = 'auto', 'onednn', 'torch'
@@ -100,6 +100,7 @@ def compile_blocks(model, compile, device):
         return
     T = min(2 * getattr(model, 'unit', 1) + 1, model.config.block_size)
     idx = torch.zeros(2, T, dtype=torch.int64, device=device)
+    say('compiling the blocks: a minute or more, the first time')
     for block in blocks:
         block.compile(dynamic=False)
     try:

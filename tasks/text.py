@@ -5,7 +5,8 @@ import numpy as np
 import torch
 
 from configurator import at_least
-from lib.console import require, say
+from lib.console import Progress, require, say
+from lib.contract import carries, unit
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
@@ -81,8 +82,11 @@ class Task:
         return '' if name == wanted else f' [data: {name}, in place of {wanted}]'
 
     def start(self, model, device, autocast):
+        window = 2 * unit(model) if carries(model) else model.config.block_size
+        require(len(self.val_data) > window, f'{len(self.val_data)} tokens to score are no more '
+                f'than a window of {window}: take a longer text, or more eval_tokens')
         self.model, self.val_data = model, self.val_data.to(device)
-        self.kwargs = dict(chunk=self.s.bptt_segments * getattr(model, 'unit', 1), device=device,
+        self.kwargs = dict(chunk=self.s.bptt_segments * unit(model), device=device,
                            recompute=self.s.recompute, autocast=autocast)
 
     def backward(self):
@@ -120,8 +124,11 @@ class Task:
 
     def evaluate(self):
         """The loss over the validation split, in one process; the others wait."""
-        scored = from_writer(lambda: mean_and_error(token_losses(self.model, self.val_data)))
-        return dict(zip(('val_loss', 'val_error'), scored))
+        progress = Progress('validation', len(self.val_data))
+        losses = from_writer(lambda: mean_and_error(token_losses(self.model, self.val_data,
+                                                                 progress.at)))
+        progress.close()
+        return dict(zip(('val_loss', 'val_error'), losses))
 
     def describe(self, figures):
         spread = f" +- {figures['val_error']:.4f}" if figures['val_error'] else ''

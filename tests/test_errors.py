@@ -54,6 +54,7 @@ def contents(folder):
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
     (dict(decay_from=1.5), ['decay_from=1.5']),
     (dict(eval_tokens=1), ['eval_tokens=1', '2 or more']),
+    (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
     (dict(out_dir=ROOT), ['is not empty', '--out_dir=... goes elsewhere']),
     (dict(stretch=24), ['stretch=24 must be a multiple of block_size=16']),
     (dict(stretch=32, stream=True), ['stream=True', 'set stretch=0']),
