@@ -154,4 +154,5 @@ if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
     write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '
                       f'{os.path.getsize(s.save_state):,} bytes\n')
-sys.exit(sys.stdout in lost)
+if sys.stdout in lost:
+    sys.exit(1)

@@ -20,11 +20,12 @@ def write(stream, text):
         stream.write(text.encode(encoding, 'replace').decode(encoding))
         stream.flush()
     except OSError as error:  # a closed pipe, a full disk: from here on the stream leads nowhere
-        lost.append(stream)
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             signal.raise_signal(signal.SIGTERM)
-        elif stream is not sys.stderr:
+            return
+        lost.append(stream)
+        if stream is not sys.stderr:
             write(sys.stderr, f'what is printed is lost from here on: {error.strerror}\n')
 
 def require(fine, problem):
