@@ -1,11 +1,12 @@
-# The GPT beside config/fold_shakespeare.py: its window is the fold's segment; parameters, tokens,
-# seed and optimizer are the same; text is drawn in stretches of 96 characters, cut into windows.
+# The GPT beside config/fold_shakespeare.py: its window is the fold's segment; parameters, tokens
+# and seed are the same; text is drawn in stretches of 96 characters, cut into windows.
 out_dir = 'out/gpt_shakespeare'
 dataset = 'shakespeare'
 offline_dataset = 'python'  # as in config/fold_shakespeare.py
 
 model_type = 'gpt'
 n_layer = 4
+position = 'rotary'
 n_head = 4
 n_embd = 128
 
