@@ -45,6 +45,7 @@ class GPTConfig:
     position: str = 'learned'  # 'learned', an embedding of each place, or 'rotary': queries, keys
     rotary_base: float = 10000.0  # of rotary positions: the slowest turns once in 2 pi times so far
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
+    border: int = -1        # token at which a document begins, to all that read (lib/); -1: none
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -52,6 +53,9 @@ class GPTConfig:
         one_of(self, position=('learned', 'rotary'))
         if self.position == 'rotary' and self.n_embd // self.n_head % 2:
             raise ValueError("position='rotary' takes heads of an even size: n_embd / n_head")
+        if self.window and self.block_size % self.window:
+            raise ValueError(f'block_size={self.block_size} must be a multiple of '
+                             f'window={self.window}')
 
 @dataclass
 class FoldConfig(GPTConfig):

@@ -85,10 +85,10 @@ compile = 'auto'            # 'off', 'kernels' (torch.compile of the blocks), 'a
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
 # of a resumed run: what stays as it was, and what is of this call alone
-FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'block_size', 'segment_size',
-         'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window', 'position',
-         'rotary_base', 'n_head', 'n_embd', 'dropout', 'bias', 'filler', 'symbols', 'key_length',
-         'names')
+FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'block_size',
+         'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window',
+         'position', 'rotary_base', 'border', 'n_head', 'n_embd', 'dropout', 'bias', 'filler',
+         'symbols', 'key_length', 'names')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):
@@ -264,7 +264,7 @@ else:
     require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'window',
            'dropout')
-    sizes = {key: getattr(s, key) for key in own}
+    sizes = {**{key: getattr(s, key) for key in own}, 'border': job.sizes.get('border', -1)}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()
               if key in s.given and key not in own and getattr(s, key) != value]

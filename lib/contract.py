@@ -24,6 +24,10 @@ def unit(model):
     """Tokens of a recurrence step."""
     return getattr(model, 'unit', 1)
 
+def border(model):
+    """The token at which a document begins, where what was before is forgotten; -1 is none."""
+    return getattr(model.config, 'border', -1)
+
 @torch.no_grad()
 def blank_carry(model, B=1):
     """Zeros of the shape of the carry of B rows; None if the model has no carry."""
@@ -44,7 +48,7 @@ def make_model(model_type, sizes):
     config_class, model_class = find_model(model_type)
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
     for field in fields(config_class):
-        least = 0 if field.name in ('n_local', 'window') else 1
+        least = {'n_local': 0, 'window': 0, 'border': -1}.get(field.name, 1)
         value = given.get(field.name, least)
         require(field.type is not int or value >= least,
                 f'{field.name} must be at least {least}, not {value}')

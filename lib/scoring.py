@@ -1,8 +1,10 @@
 """How loss is measured: nats per token, deterministic, every model on the same tokens."""
+from itertools import pairwise
+
 import torch
 from torch.nn import functional as F
 
-from lib.contract import carries, unit
+from lib.contract import border, carries, unit
 
 STREAMS = 16       # parallel streams in which a model with a carry reads a text
 MIN_SEGMENTS = 32  # a stream is not made shorter than this, as each of them starts without history
@@ -14,9 +16,17 @@ def token_losses(model, tokens, at=lambda done: None):
     float32 nats on the CPU, in eval mode. at(done) is told how many tokens have been read."""
     was_training = model.training
     model.eval()
-    losses = (stream_losses if carries(model) else window_losses)(model, tokens, at)
+    score, losses, done = stream_losses if carries(model) else window_losses, [], 0
+    for document in documents(tokens, border(model)):
+        losses.append(score(model, document, lambda n: at(done + n)))
+        done += len(document) - 1
     model.train(was_training)
-    return losses
+    return torch.cat(losses)
+
+def documents(tokens, border):
+    """tokens (N,) cut where a document begins; each but the last ends with the border, a target."""
+    borders = (tokens[1:-1] == border).nonzero()[:, 0] + 1
+    return [tokens[a:b + 1] for a, b in pairwise([0, *borders.tolist(), len(tokens) - 1])]
 
 def stream_losses(model, tokens, at):
     """token_losses of a model with a carry: R streams side by side, whole units a call."""
@@ -37,9 +47,9 @@ def window_losses(model, tokens, at):
     n, W = len(tokens) - 1, model.config.block_size
     stride, rows = max(1, W // 2), max(1, tokens_per_call(model) // W)
     windows = F.pad(tokens, (0, max(W - n, (W - n) % stride))).unfold(0, W + 1, stride)
-    losses = [last_losses(model, windows[:1], W)]
+    losses = [losses_alone(model, windows[:1], W)]
     for start in range(1, len(windows), rows):
-        losses.append(last_losses(model, windows[start:start + rows], stride))
+        losses.append(losses_alone(model, windows[start:start + rows], stride))
         at((start + rows) * stride)
     return torch.cat([some.flatten() for some in losses])[:n].float()
 
@@ -47,17 +57,27 @@ def window_losses(model, tokens, at):
 def last_losses(model, rows, n):
     """The loss of the last n tokens of rows (M, T + 1), given what is before them in the row alone:
     (M, n) float64 nats on the CPU. A model with a carry counts its units from the row's start."""
+    mixed = (rows[:, 1:-1] == border(model)).any(dim=1)  # rows in which a document begins
+    losses = torch.zeros(len(rows), n, dtype=torch.float64)
+    if not mixed.all():
+        losses[~mixed.cpu()] = losses_alone(model, rows[~mixed], n)
+    for i in mixed.nonzero()[:, 0].tolist():
+        losses[i] = token_losses(model, rows[i])[-n:].double()
+    return losses
+
+def losses_alone(model, rows, n):
+    """last_losses of rows without a border."""
     T, W, keeps = rows.size(1) - 1, model.config.block_size, carries(model)
     size = max(1, tokens_per_call(model) // T)
     if len(rows) > size:
-        return torch.cat([last_losses(model, some, n) for some in rows.split(size)])
+        return torch.cat([losses_alone(model, some, n) for some in rows.split(size)])
     if T > W and not keeps:
         early = n - (T - W)  # targets that the row's first window holds
         if early > 0:
             parts = (rows[:, :W + 1], early), (rows, n - early)
-            return torch.cat([last_losses(model, *part) for part in parts], dim=1)
+            return torch.cat([losses_alone(model, *part) for part in parts], dim=1)
         windows = rows[:, T - n - W + 1:].unfold(1, W + 1, 1)  # (M, n, W + 1): one for each target
-        return last_losses(model, windows.reshape(-1, W + 1), 1).view(len(rows), n)
+        return losses_alone(model, windows.reshape(-1, W + 1), 1).view(len(rows), n)
     start = (T - n) // unit(model) * unit(model) if keeps else 0  # before it, no costly logits
     carry = model(rows[:, :start])[2] if start else None
     logits = model(rows[:, start:-1], None if n == 1 else rows[:, start + 1:], carry)[0]

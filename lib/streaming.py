@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from lib.console import require
-from lib.contract import blank_carry, unit
+from lib.contract import blank_carry, border, unit
 from lib.rows import Rows, rowwise
 
 TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
@@ -15,9 +15,9 @@ TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recu
 def new_state(model, B=1):
     """The state of B rows of which nothing has been read: Rows of
 
-    read (B,) int64 on the CPU, tokens read; logits (B, V) of the next one; carry, as the contract
-    has it; tokens (B, N), those of the open recurrence step or of the window, where they are
-    computed anew; cache, where the model has one that agrees with its forward pass.
+    read (B,) int64 on the CPU, tokens of the document that were read; logits (B, V) of the next;
+    carry, as the contract has it; tokens (B, N), those of the open recurrence step or of the
+    window, where they are computed anew; cache, where the model has one that agrees with forward.
     """
     if hasattr(model, 'extend') and reads_alike(model, cached=True):
         return empty_state(model, B, cached=True)
@@ -49,6 +49,7 @@ def reads_alike(model, cached):
     longest = 5 * u + 2 if blank_carry(model) is not None else min(8, model.config.block_size)
     device = next(model.parameters()).device
     idx = (7 * torch.arange(longest, device=device) % model.config.vocab_size)[None]
+    idx[idx == border(model)] = (border(model) + 1) % model.config.vocab_size
     model.eval()
     expected, state, alike = model(idx, idx)[0], empty_state(model, 1, cached), True
     tolerance = 1000 * torch.finfo(expected.dtype).eps * (1 + expected.abs().max())
@@ -74,16 +75,27 @@ def read_(model, idx, state):
     if len(idx) != len(state) or model.training and getattr(model.config, 'dropout', 0):
         raise ValueError('reading takes a row of tokens for every row of the state, and '
                          'model.eval()')
-    counts = set(state.read.tolist())
+    begins = idx == border(model)  # a document, with which its row starts anew
+    columns = begins.any(dim=0).nonzero()[:, 0].tolist() if border(model) >= 0 else []
+    for part in idx.tensor_split(columns, dim=1):
+        rows = (part[:, :1] == border(model)).any(dim=1).nonzero()[:, 0] if columns else ()
+        if len(rows):
+            state.put(rows, empty_state(model, len(rows), state.cache is not None))
+        read_document(model, part, state)
+    return state.logits
+
+def read_document(model, idx, state):
+    """read_ of tokens of which only the first can begin a document."""
+    before = state.read.clone()
+    counts = set(before.tolist())
     if len(counts) == 1:
         read_rows(model, idx, state, *counts)
     else:
         for count in counts:  # rows that have read equally much go together
-            rows = (state.read == count).nonzero()[:, 0]
+            rows = (before == count).nonzero()[:, 0]
             some = state.pick(rows)
             read_rows(model, idx[rows.to(idx.device)], some, count)
             state.put(rows, some)
-    return state.logits
 
 def read_rows(model, idx, state, count):
     """read_ of rows that have all read `count` tokens: piece by piece, each of one call."""

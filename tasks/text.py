@@ -3,22 +3,25 @@ import os
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import at_least
 from lib.console import Progress, require, say
-from lib.contract import carries, unit
+from lib.contract import border, carries, unit
 from lib.gradients import backpropagate
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
 from lib.rows import rowwise
 from lib.scoring import mean_and_error, token_losses
-from prepare import DownloadError, load_meta, prepare
+from prepare import DownloadError, Tokenizer, load_meta, prepare
 
 dataset = 'shakespeare'  # folder under data_dir; a built-in corpus is prepared if it is missing
 offline_dataset = ''     # used, loudly, where dataset cannot be downloaded; '' stops instead
 data_dir = 'data'        # folder of the prepared data sets
 stretch = 0              # tokens drawn in one piece, cut into sequences; 0 is block_size
+document = ''            # one token, such as a character, at which a document begins: what is
+                         # before it is forgotten; '' is for one text
 stream = False           # rows read the corpus in order, a carry passing from update to update
 eval_tokens = 0          # tokens of the validation split that are scored; 0 is all of it
 set_aside = 0.0          # share of the training split, its end, that is kept from training and
@@ -43,6 +46,17 @@ def find_data(s):
             f"{'!' * 80}")
         return s.offline_dataset, *open_data(s, s.offline_dataset)
 
+def split_documents(x, y, border):
+    """Tokens and targets x, y (B, T), each document in a row of its own: (more rows, at most T),
+    the short ones padded at their ends, with targets of -1."""
+    parts = []
+    for tokens, targets in zip(x.long(), y.long()):
+        borders = (tokens[1:] == border).nonzero()[:, 0] + 1
+        parts += zip(tokens.tensor_split(borders), targets.tensor_split(borders))
+    tokens, targets = zip(*parts)
+    return (pad_sequence(tokens, batch_first=True),
+            pad_sequence(targets, batch_first=True, padding_value=-1))
+
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""
 
@@ -59,7 +73,13 @@ class Task:
         name, folder, meta = from_writer(lambda: find_data(s))
         self.s, self.tokenizer, self.span = s, meta['tokenizer'], span
         self.data = {'dataset': name, 'wanted': s.dataset, 'sha256': meta['sha256']}
-        self.sizes = {'vocab_size': meta['vocab_size']}
+        self.sizes, self.border = {'vocab_size': meta['vocab_size']}, -1
+        if s.document:
+            require(not (s.stream or s.bptt_segments or s.recompute), 'with document, text is not '
+                    'read in order: set stream=False, bptt_segments=0, recompute=False')
+            ids = Tokenizer(self.tokenizer).encode(s.document).tolist()
+            require(len(ids) == 1, f'document={s.document!r} must be one token, not {len(ids)}')
+            self.sizes['border'], self.border = ids[0], ids[0]
         self.train_data, val_data = (np.memmap(os.path.join(folder, f'{part}.bin'), np.uint16, 'r')
                                      for part in ('train', 'val'))
         if s.set_aside:
@@ -85,6 +105,7 @@ class Task:
         window = 2 * unit(model) if carries(model) else model.config.block_size
         require(len(self.val_data) > window, f'{len(self.val_data)} tokens to score are no more '
                 f'than a window of {window}: take a longer text, or more eval_tokens')
+        require(border(model) == self.border, 'the model has another border of documents, or none')
         self.model, self.val_data = model, self.val_data.to(device)
         self.kwargs = dict(chunk=self.s.bptt_segments * unit(model), device=device,
                            recompute=self.s.recompute, autocast=autocast)
@@ -117,7 +138,8 @@ class Task:
         """Inputs and targets, (B, block_size) of uint16 each, cut from pieces of span tokens."""
         pieces = np.stack([self.train_data[i:i + span + 1] for i in starts.tolist()])
         tokens, T = torch.from_numpy(pieces), self.s.block_size
-        return tokens[:, :-1].reshape(-1, T), tokens[:, 1:].reshape(-1, T)
+        x, y = tokens[:, :-1].reshape(-1, T), tokens[:, 1:].reshape(-1, T)
+        return split_documents(x, y, self.border) if self.s.document else (x, y)
 
     def figures(self):
         return {}

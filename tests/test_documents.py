@@ -1,0 +1,85 @@
+"""At a border, in the middle of a segment too, what was before is forgotten."""
+import json
+
+import pytest
+import torch
+from small import SOME_KEYS, V, all_logits, assert_equal, gradients, make, tokens
+
+from lib.contract import carries
+from lib.gradients import backpropagate
+from lib.scoring import documents, last_losses, token_losses
+from lib.streaming import empty_state, read, read_
+from prepare import prepare
+from tasks.text import split_documents
+
+B = V - 1  # the border
+EVERY = pytest.mark.parametrize('kind, sizes', [
+    ('gpt', {'block_size': 60}), ('gpt', {'window': 3}), *(('fold', keys) for keys in SOME_KEYS)])
+
+def text(rows, T, borders):
+    """Random tokens (rows, T) without a border but at the places (row, t)."""
+    idx = tokens(rows, T) % B
+    for row, t in borders:
+        idx[row, t] = B
+    return idx
+
+@EVERY
+@pytest.mark.parametrize('cached', [True, False])
+def test_a_state_is_read_as_if_the_document_were_alone(kind, sizes, cached):
+    """In any pieces, each row with borders of its own."""
+    model = make(kind, border=B, **sizes)
+    idx = text(3, 24, [(0, 0), (0, 8), (1, 8), (1, 9), (2, 22)])
+    for pieces in ([1] * 24, [7, 10, 7], [24]):
+        state, at = empty_state(model, 3, cached), 0
+        for part in idx.split(pieces, dim=1):
+            at += part.size(1)
+            logits = read_(model, part, state)
+            for row in range(3):
+                document = documents(torch.cat((idx[row, :at], idx[row, :1])), B)[-1][None, :-1]
+                assert_equal(logits[row], all_logits(model, document)[0, -1])
+    assert state.read.tolist() == [16, 15, 2]
+
+@EVERY
+def test_each_document_is_scored_and_trained_on_alone(kind, sizes):
+    model = make(kind, border=B, **sizes)
+    idx, expected, total = text(2, 25, [(0, 5), (0, 24), (1, 12), (1, 13)]), [], 0.0
+    for row in idx:
+        pieces = documents(row, B)
+        assert_equal(torch.cat([piece[:-1] for piece in pieces]), row[:-1])
+        for piece in pieces:
+            loss = model(piece[None, :-1], piece[None, 1:])[1] * (len(piece) - 1) / 48
+            loss.backward()
+            total += loss.detach()
+            expected.append(read_losses(model, piece))
+    scored = torch.cat([token_losses(model, row) for row in idx])
+    torch.testing.assert_close(scored.double(), torch.cat(expected), rtol=0, atol=1e-5)
+    if carries(model):
+        last = last_losses(model, idx, 10).flatten()
+        of_rows = torch.cat(expected).view(2, -1)[:, -10:].flatten()
+        torch.testing.assert_close(last, of_rows, rtol=0, atol=1e-5)
+    alone = gradients(model)
+    x, y = split_documents(idx[:, :-1].to(torch.uint16), idx[:, 1:].to(torch.uint16), B)
+    assert_equal(backpropagate(model, x, y)[0], total)
+    assert_equal(gradients(model), alone)
+
+def read_losses(model, piece):
+    """The loss of each token of a document (N,) but the first, from its logits read one by one."""
+    found, state = [], empty_state(model, 1, cached=True)
+    for token, target in zip(piece[:-1], piece[1:]):
+        logits, state = read(model, token.view(1, 1), state)
+        found.append(torch.nn.functional.cross_entropy(logits[0], target))
+    return torch.stack(found).double()
+
+def test_training_on_documents(run, train, tmp_path):
+    (tmp_path / 'a.txt').write_text('|'.join(f'{i} and {i * i}\n' for i in range(300)))
+    prepare('docs', file=str(tmp_path / 'a.txt'), data_dir=str(tmp_path))
+    own = dict(data_dir=tmp_path, dataset='docs', document='|')
+    done = train(**own)
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
+    assert lines[-1]['val_loss'] < lines[1]['loss']
+    model = done.globals['model']
+    assert model.config.border == done.globals['job'].border >= 0
+    assert run('sample.py', f"--out_dir={tmp_path / 'out'}", '--start=1 and|7').code == 0
+    for wrong, words in ((dict(document='||'), 'be one token'), (dict(stream=True), 'in order')):
+        assert words in train(**{**own, **wrong, 'overwrite': True}).err
