@@ -73,17 +73,6 @@ def test_train(train, tmp_path, settings, parts):
     check(train(**settings), *parts)
     assert contents(tmp_path) == {}
 
-@pytest.mark.parametrize('content, parts', [
-    ('batchsize = 3', ['batchsize', 'did you mean batch_size']),
-    ('batch_size = "3"', ["batch_size='3'", 'expected an integer']),
-    ('batch_size = (', ['config.py:1', 'SyntaxError']),
-    ('x = 1 / 0', ['config.py:1', 'ZeroDivisionError']),
-    (None, ['config.py'])])
-def test_config_files(run, tmp_path, content, parts):
-    if content:
-        (tmp_path / 'config.py').write_text(content)
-    check(run('train.py', tmp_path / 'config.py'), *parts)
-
 def test_from_a_real_shell(tmp_path):
     """The interpreter, too, shows one line and no traceback, from any current directory."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), '--max_iter=3',

@@ -241,23 +241,3 @@ def test_a_model_that_cannot_be_read_piece_by_piece_is_refused(kind, shaken):
     for use in (new_state, check_reading):
         with pytest.raises(SystemExit, match=f'^error: {kind.__name__} gives other logits for a'):
             use(shake(model) if shaken else model)
-
-def state_with(**items):
-    return lambda path, c: torch.save({**c, **items, 'state': {**c['state'], **items}}, path)
-
-@pytest.mark.parametrize('spoil, message', [
-    (lambda path, c: path.unlink(), 'no state file at'),
-    (lambda path, c: path.write_bytes(b'garbage'), 'is not a readable state'),
-    (lambda path, c: path.write_bytes(path.read_bytes()[:-2000]), 'it is damaged'),
-    (state_with(model='another'), 'is not a state of this model'),
-    (state_with(rng=torch.zeros(5056)), 'is damaged'), (state_with(rng=None), 'is damaged'),
-    (state_with(carry=torch.zeros(1)), 'is damaged'), (state_with(carry=None), 'is damaged'),
-    (state_with(read=torch.tensor([-1])), 'is damaged'), (state_with(cache=None), 'is damaged'),
-    (state_with(logits=torch.full((1, V), math.nan).double()), 'is damaged')])
-def test_a_state_of_another_model_or_a_damaged_one_is_refused(tmp_path, spoil, message):
-    model, path = make(), tmp_path / 'state'
-    save_state(path, read(model, tokens(1, 20))[1], model, torch.Generator())
-    load_state(path, model, torch.Generator())
-    spoil(path, torch.load(path, weights_only=True))
-    with pytest.raises(SystemExit, match=f'^error: .*{message}'):
-        load_state(path, model, torch.Generator())
