@@ -1,6 +1,5 @@
-# The runs of the front page, beside the sliding window, over three seeds:
-#   python compare.py config/compare_first.py
-# An hour on two CPU cores. The sliding window has the settings of the fold.
+# The runs of the front page over three seeds: python compare.py config/compare_first.py
+# Half an hour on two CPU cores. Their settings are those of the files named.
 import os
 import runpy
 
@@ -16,8 +15,5 @@ tokens = 3_532_800
 runs = {
     'fold': _read('fold_shakespeare.py'),
     'GPT, window 12': _read('gpt_shakespeare.py'),
-    'GPT, sliding window of 12': {**_read('fold_shakespeare.py'), 'model_type': 'gpt',
-                                  'n_layer': 4, 'window': 12},
-    'fold, no recurrence': {**_read('fold_shakespeare.py'), 'past': 'local'},
     "fold, the paper's letter": _read('fold_shakespeare_paper.py'),
 }
