@@ -59,6 +59,17 @@ def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=Non
               'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
     return record if parts is None else {**record, 'parts': list(parts)}
 
+def is_record(value):
+    """Whether this has the shape of a record, and its parts as well."""
+    try:
+        return (all(isinstance(value[key], kind) for key, kind in SHAPE.items())
+                and all({'value', 'error', 'n'} <= m.keys() for m in value['metrics'].values())
+                and all({'x', 'value'} <= point.keys() and c.keys() == {'x', 'y', 'points'}
+                        for c in value['curves'].values() for point in c['points'])
+                and all(map(is_record, value.get('parts', []))))
+    except (AttributeError, KeyError, TypeError):
+        return False
+
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
@@ -72,9 +83,7 @@ def load_record(path):
         record = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f'error: cannot read {path}: {error}') from None
-    require(isinstance(record, dict) and all(isinstance(record.get(key), kind)
-                                             for key, kind in SHAPE.items()),
-            f'{path} is no record as lib/records.py has it')
+    require(is_record(record), f'{path} is no record as lib/records.py has it')
     return record
 
 def place(name, record):
