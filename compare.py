@@ -24,7 +24,7 @@ from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, require, say
 from lib.device import pick_device, set_threads
-from lib.files import own_folder, write_file
+from lib.files import check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
 
@@ -68,9 +68,10 @@ class Run:
     def read(self, name):
         """The JSON in a file of its folder; {} if there is none."""
         try:
-            return json.loads((self.folder / name).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            found = json.loads((self.folder / name).read_text(encoding='utf-8'))
+        except (OSError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def write(self, name, value):
         write_file(self.folder / name, lambda f: f.write(json.dumps(value).encode()))
@@ -78,7 +79,7 @@ class Run:
     def has(self, name):
         """Whether a result is there, and was made with the settings that are wanted now."""
         settings = self.read(name).get('settings')
-        return settings is not None and self.results[name].items() <= settings.items()
+        return isinstance(settings, dict) and self.results[name].items() <= settings.items()
 
     def complete(self):
         return not self.error and all(self.has(name) for name in self.results)
@@ -179,7 +180,10 @@ async def calibrate(s, c, folder):
     """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
     in turns, as many at a time as later; measured once and kept in the folder."""
     path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
-    costs = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        costs = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there yet, or damaged
+        costs = {}
     tokens, rounds = CALIBRATION
 
     async def one(name):
@@ -256,6 +260,9 @@ def main(s):
     folder = s.out_dir or place(name, False)
     if not s.only_report:
         own_folder(folder)
+    for path in (os.path.join(folder, 'comparison.json'), os.path.join(folder, 'report.md'),
+                 *[place(f'{name}.json', True)] * s.record):
+        check_place(path)
     needed = not s.quick and (c['flops'] or c['seconds'])
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
@@ -263,9 +270,10 @@ def main(s):
     wanted = [run for run in runs if run.name in chosen]
     if not s.only_report:
         asyncio.run(work_on(s, wanted))
-    failed = [run for run in wanted if not run.complete()]
-    require(len(failed) < len(wanted), f'no run is complete in {folder}; a report there is kept')
+    require(any(run.complete() for run in wanted),
+            f'no run is complete in {folder}; a report there is kept')
     result = report.make(c, runs, s)
+    failed = [run for run in wanted if not run.complete()]
     save_record(os.path.join(folder, 'comparison.json'), result)
     report.write(result, folder)
     say(f'written to {os.path.relpath(folder)}{os.sep}: report.md, comparison.json and pictures')

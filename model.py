@@ -43,7 +43,7 @@ class GPTConfig:
     dropout: float = 0.0    # share of activations dropped in training
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
     position: str = 'learned'  # 'learned', an embedding of each place, or 'rotary': queries, keys
-    rotary_base: float = 10000.0  # of rotary positions: the slowest turns once in 2 pi times so far
+    rotary_base: float = 10000.0  # of rotary positions: the larger, the slower the slowest turn
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
     border: int = -1        # token at which a document begins, to all that read (lib/); -1: none
 
@@ -51,8 +51,9 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         one_of(self, position=('learned', 'rotary'))
-        if self.position == 'rotary' and self.n_embd // self.n_head % 2:
-            raise ValueError("position='rotary' takes heads of an even size: n_embd / n_head")
+        if self.position == 'rotary' and (self.n_embd // self.n_head % 2 or self.rotary_base <= 1):
+            raise ValueError("position='rotary' takes heads of an even size, n_embd / n_head, and "
+                             'a rotary_base above 1')
         if self.window and self.block_size % self.window:
             raise ValueError(f'block_size={self.block_size} must be a multiple of '
                              f'window={self.window}')
@@ -101,8 +102,8 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, C) -> (B, T, C): what each position gathers from those up to it, or of them from
         the last `window`, itself included; and the keys and values of x, (B, 2, H, T, C/H).
 
-        before (B, 2, H, P, C/H): keys and values that stand before those of x.
-        cache (B, 2, H, S, C/H): room for all that are seen; the last P + T are filled in.
+        before (B, 2, H, P, C/H): keys and values that stand before those of x, not turned either.
+        cache (B, 2, H, S, C/H): room for all that are seen, turned; the last P + T are filled in.
         """
         qkv = self.heads(self.c_attn(x))  # (B, 3, H, T, C/H)
         q, own = qkv[:, 0], qkv[:, 1:]
@@ -133,7 +134,8 @@ class CausalSelfAttention(nn.Module):
         if not self.rotary_base:
             return x
         D, end = self.head_size, place + x.size(-2)
-        cos, sin = rotary(end, D, self.rotary_base, x.dtype, x.device)[:, place:]
+        places = 1 << (end - 1).bit_length()  # few different tables
+        cos, sin = rotary(places, D, self.rotary_base, x.dtype, x.device)[:, place:end]
         return torch.addcmul(x * cos, x.roll(D // 2, dims=-1), sin)
 
     def slide(self, q, k, v):
@@ -156,7 +158,7 @@ class CausalSelfAttention(nn.Module):
         k, v = (x[:, :, -(self.window + n - 1):] if self.window else x for x in (k, v))
         S, window = k.size(2), self.window or k.size(2)
         fused = n == 1 or S >= FUSED_FROM or q.is_cuda
-        causal = 1 < n == S <= window
+        causal = 1 < n == S
         mask = None if fused and (n == 1 or causal) else band(n, S, window, q.dtype, q.device)
         if fused:
             return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
@@ -164,16 +166,19 @@ class CausalSelfAttention(nn.Module):
         weights = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (A*B, n, S)
         return (F.dropout(weights, p) @ v).view(A, B, n, D)
 
-@lru_cache
-@torch.inference_mode(False)  # what is kept serves training, too
+def once(make):
+    """make, computed once for the same arguments; to a compiler, a constant."""
+    kept = lru_cache(torch.inference_mode(False)(make))  # which serves training, too
+    return torch.compiler.assume_constant_result(lambda *args: kept(*args))
+
+@once
 def band(n, S, window, dtype, device):
     """0 where a query sees a key, else -inf: n queries, the last at the last of S keys, (n, S)."""
     back = torch.arange(S - n, S)[:, None] - torch.arange(S)  # from the query to the key
     unseen = (back < 0) | (back >= window)
     return torch.zeros(n, S, dtype=dtype).masked_fill(unseen, -math.inf).to(device)
 
-@lru_cache
-@torch.inference_mode(False)
+@once
 def rotary(places, D, base, dtype, device):
     """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) for
     heads of D channels, of which i and i + D/2 are turned together: (2, places, D)."""
@@ -181,11 +186,6 @@ def rotary(places, D, base, dtype, device):
     angles = torch.arange(places)[:, None] * speeds.repeat(2)
     signs = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)
     return torch.stack((angles.cos(), angles.sin() * signs)).to(device, dtype)
-
-class LayerNorm(nn.LayerNorm):
-    """torch's, called with less ado: one token at a time, that is a few per cent of the time."""
-    def forward(self, x):
-        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 class MLP(nn.Module):
     """Feed-forward network; W_FF of eq. 10."""
@@ -203,9 +203,9 @@ class Block(nn.Module):
 
     def __init__(self, config, window=0):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, window)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -225,7 +225,8 @@ class GlobalBlock(Block):
     def forward(self, past, current, cache=None, frozen=False):
         """X^{s-1}_{N,N+i-1} (B, l, C) and X^s_{N,i-1} (B, n, C) -> both, one layer on.
 
-        past None: there is none, or it is in the cache. frozen: it is read alone, as it came.
+        past None: there is none, or it is in the cache. frozen: it gives keys and values alone, as
+        it came.
         """
         if past is None or frozen:
             before = None if past is None else self.attn.keys_and_values(self.ln_1(past))
@@ -251,7 +252,7 @@ class GPT(nn.Module):
             **(dict(wpe=nn.Embedding(places, config.n_embd)) if learned else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(blocks),
-            ln_f=LayerNorm(config.n_embd, bias=config.bias)))
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, p in self.named_parameters():
@@ -274,9 +275,10 @@ class GPT(nn.Module):
         is no limit where a window slides, or if a carry is not of a whole segment.
         """
         T, most, window = idx.size(1), self.config.block_size, self.config.window
-        if T < 1 or T > most and not window or carry is not None and carry.size(4) != window:
-            raise ValueError(f'block_size={most}: the model cannot read {T} tokens at once, or '
-                             f'the carry is not of a whole segment')
+        if T < 1 or T > most and not window:
+            raise ValueError(f'block_size={most}: the model cannot read {T} tokens at once')
+        if carry is not None and carry.shape[4:5] != (window,):
+            raise ValueError(f'the carry is not of a whole segment of {window} tokens')
         x, carry = self.through(self.transformer.h, self.embed(idx), carry)
         return *self.head(x, targets), carry
 
@@ -295,7 +297,7 @@ class GPT(nn.Module):
         for i, block in enumerate(blocks):
             before = None if kept is None else kept[:, i]
             x, own = block(x, before, None if cache is None else cache[:, i])
-            new += own.split(window or x.size(1), dim=3)[-1:]
+            new += own.split(window, dim=3)[-1:] if window else []
         return x, torch.stack(new, dim=1) if window else None
 
     def head(self, x, targets=None):
@@ -337,6 +339,7 @@ class FoldGPT(GPT):
     def __init__(self, config):
         super().__init__(config)
         self.unit = config.segment_size
+        self.slides = config.local == 'sliding' and config.n_local > 0
         if config.carry == 'gated':
             self.carry_gate = nn.Linear(2 * config.n_embd, config.n_embd)
             nn.init.ones_(self.carry_gate.bias)  # to begin with it keeps more than it takes
@@ -355,6 +358,8 @@ class FoldGPT(GPT):
         shape = len(idx), self.config.segment_size, self.config.n_embd
         if idx.size(1) < 1 or carry is not None and carry.shape != shape:
             raise ValueError(f'a fold takes 1 token or more, and the carry of a segment, {shape}')
+        if self.slides and (carry is None) != (kept is None):
+            raise ValueError('where local layers slide, a carry is what they keep, too')
         x, kept = self.local(idx, kept)
         x, carry = self.fold(x, carry)
         return *self.head(x, targets), carry if kept is None else (carry, kept)
@@ -362,7 +367,7 @@ class FoldGPT(GPT):
     def local(self, idx, kept=None):
         """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
         x, blocks = self.embed(idx), self.transformer.h[:self.config.n_local]
-        if self.config.local == 'sliding':
+        if self.slides:
             return self.through(blocks, x, kept)
         (B, T, C), l = x.shape, self.config.segment_size
         segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
@@ -373,7 +378,7 @@ class FoldGPT(GPT):
         """The segment-carry loop: X^s_{N,0} -> X^s_{N,N} for all s (B, T, C), and the carry."""
         segments, outputs = x.split(self.config.segment_size, dim=1), []
         if not self.config.recurrent:
-            return self.at_once(x, carry), segments[-1]
+            return self.at_once(x, carry), segments[-1].clone()  # which does not keep all of x
         for x_s in segments:  # s = 1, ..., N_s
             carry = self.carried(carry, self.globally(carry, x_s))
             outputs.append(carry)
@@ -411,7 +416,7 @@ class FoldGPT(GPT):
         """Room for keys and values: (B, n_local, 2, H, l, C/H), of 2l places if local layers slide,
         and (B, n_global, 2, H, 2l, C/H)."""
         c, l = self.config, self.config.segment_size
-        local = self.new_caches(B, c.n_local, 2 * l if c.local == 'sliding' else l)
+        local = self.new_caches(B, c.n_local, 2 * l if self.slides else l)
         return local, self.new_caches(B, c.n_global, 2 * l)
 
     def extend(self, idx, place, carry, cache, first):

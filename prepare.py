@@ -134,6 +134,8 @@ def load_meta(folder):
             expected = 2 * meta[f'n_{part}'], meta['files'][f'{part}.bin']
             require((len(content), _sha256(content)) == expected,
                     f'{path} is damaged (not as meta.json has it): {again}')
+            require(np.frombuffer(content, '<u2').max() < meta['vocab_size'],
+                    f'{path} has ids beyond the vocabulary of meta.json: {again}')
     except Exception as error:  # from a missing file to a list in the place of a dict
         raise SystemExit(f'error: {path} is missing, damaged or of an older version '
                          f'({_reason(error)}): {again}') from None

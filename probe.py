@@ -17,6 +17,7 @@ from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
 from lib.device import set_up
+from lib.files import check_place
 from lib.pictures import curves
 from lib.records import make_record, metric, place, save_record
 from tasks import find_task
@@ -62,8 +63,8 @@ def main(p):
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
     target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')
-    require(os.access(folder, os.W_OK) and not os.path.isdir(target),
-            f'cannot write {target}: make room for it, and {folder} writable')
+    for place_of in (target, os.path.join(folder, 'probe.png')):
+        check_place(place_of)
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "
         f"task {saved['task']!r}, measured on {corpus}")
     found = task.probe(model, saved, p, device)

@@ -118,11 +118,11 @@ def check(s):
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
-    if '.lock' in found:
-        own_folder(out_dir)  # says whose it is
-    found = sorted(name for name in found - {'log.jsonl', '.lock'} if not name.endswith('.tmp'))
+    if '.lock' in found:  # a run was begun here; who is at work is told
+        own_folder(out_dir)
+        found = {name for name in found - {'.lock', 'log.jsonl'} if not ckpt.is_temporary(name)}
     require(s.init_from == 'resume' or s.overwrite or not found,
-            f'{out_dir} is not empty ({"".join(found[:1])}): --overwrite=True starts over, '
+            f'{out_dir} is not empty ({"".join(sorted(found)[:1])}): --overwrite=True starts over, '
             f'--init_from=resume goes on with its run, --out_dir=... goes elsewhere')
     own_folder(out_dir)
 
@@ -160,6 +160,9 @@ def write_log(**record):
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
     again goes, a finished run's last evaluation too."""
+    for key in {'loss', 'val_loss', 'tokens', 'tokens_per_s'} & record.keys():
+        if not isinstance(record[key], (int, float)):
+            return False  # not of ours
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
     return record.get('iter', math.inf) + again <= run.done
 
@@ -208,7 +211,8 @@ def write_record():
     """record.json and loss.png of a run that has ended, from its log."""
     with open(log_path) as f:
         log = [json.loads(line) for line in f]
-    steps, scored = ([line for line in log if key in line] for key in ('loss', 'val_loss'))
+    steps, scored = ([line for line in log if {*keys} <= line.keys()]
+                     for keys in (('loss', 'tokens', 'tokens_per_s'), ('val_loss', 'tokens')))
     thinned = steps[::len(steps) // 200 + 1]
     shown = {f'{name} loss': {'x': 'tokens', 'y': 'loss', 'points': [
         {'x': line['tokens'], 'value': line[key]} for line in lines]} for name, key, lines in (
@@ -295,6 +299,9 @@ if s.init_from == 'resume':
         if kinds[0] != kinds[1]:
             raise TypeError('run')
         optimizer.load_state_dict(checkpoint['optimizer'])
+        for p, state in optimizer.state.items():
+            if any(value.shape not in (p.shape, ()) for value in state.values()):
+                raise ValueError('optimizer')
         for group in optimizer.param_groups:
             decay = s.weight_decay if group['weight_decay'] else 0.0
             group.update(weight_decay=decay, betas=(s.beta1, s.beta2))

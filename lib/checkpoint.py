@@ -18,7 +18,7 @@ import torch
 
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import temporary_name, write_file
+from lib.files import check_place, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -77,7 +77,7 @@ def load_to_resume(folder):
     SystemExit, with the way on, if it is damaged or not from train.py."""
     best, last = (os.path.join(folder, name) for name in FILES)
     path = last if os.path.exists(last) or not os.path.exists(best) else best
-    require(os.path.exists(path), f'no run to resume in {folder}; {TRAIN_FIRST}')
+    require(os.path.isfile(path), f'no run to resume in {folder}; {TRAIN_FIRST}')
     try:
         checkpoint = load(path)
     except SystemExit as error:
@@ -175,9 +175,7 @@ def refuse_to_replace(path):
             read_state(path)
     except SystemExit as error:
         raise SystemExit(f'{error}; it is not replaced: name another file') from None
-    temporary = temporary_name(path)
-    open(temporary, 'wb').close()  # an error is explained at the script's end
-    os.remove(temporary)
+    check_place(path)
 
 def read_state(path):
     """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
@@ -224,12 +222,16 @@ def open_run(folder, keep):
                 f'place of a file: rename it, or go elsewhere with --out_dir')
     gone = () if keep else own
     for name in os.listdir(folder):
-        if name in gone or name.endswith('.tmp'):  # left by a process that was killed
+        if name in gone or is_temporary(name):  # left by a process that was killed
             os.remove(os.path.join(folder, name))
     if keep and os.path.exists(path):
         with open(path, 'rb') as f:
             lines = [line for line in f if is_kept(line, keep)]
     write_file(path, lambda f: f.writelines(lines))
+
+def is_temporary(name):
+    """Whether a file has a name that write_file gives while it writes."""
+    return re.fullmatch(r'\..+\.\d+\.tmp', name)
 
 def is_kept(line, keep):
     """Whether a line of a log is whole, and its record one of which keep(record) says so."""

@@ -35,6 +35,15 @@ def temporary_name(path):
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
 
+def check_place(path):
+    """Raises OSError, which is explained at the script's end, or SystemExit, if no file can be
+    written to path."""
+    if os.path.isdir(path):
+        raise SystemExit(f'error: {path} is a folder, in the place of a file: rename it')
+    temporary = temporary_name(path)
+    open(temporary, 'wb').close()
+    os.remove(temporary)
+
 def write_file(path, write, kept='what was there is kept'):
     """Have write(f) write a file atomically: at path is the old one or the new one, whole.
 

@@ -13,7 +13,7 @@ from lib.console import require
 
 texts = [os.environ.get(key) or usual
          for key, usual in (('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'))]
-require(all(text.isdigit() for text in texts) and int(texts[0]) < int(texts[2]),
+require(all(map(str.isdecimal, texts)) and int(texts[0]) < int(texts[2]),
         'the environment has RANK={}, LOCAL_RANK={}, WORLD_SIZE={}: unset them, or start with '
         'torchrun, which sets them'.format(*texts))
 RANK, LOCAL_RANK, WORLD = map(int, texts)
@@ -22,8 +22,8 @@ def join(device):
     """Meet the other processes: one GPU each with nccl, else gloo. Returns this one's device."""
     if WORLD == 1:
         return device
-    require('MASTER_ADDR' in os.environ, f'WORLD_SIZE={WORLD} is set, but not by torchrun: unset '
-            f'it, or start with torchrun')
+    require('MASTER_ADDR' in os.environ and os.environ.get('MASTER_PORT', '').isdecimal(),
+            f'WORLD_SIZE={WORLD} is set, but not by torchrun: unset it, or start with torchrun')
     if RANK:
         sys.stdout = open(os.devnull, 'w')  # one process prints
     cuda = device.startswith('cuda')

@@ -75,7 +75,7 @@ def save_record(path, record):
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     text = re.sub(r'[\[{][^\[\]{}]{,300}[\]}]', lambda m: re.sub(r'\n\s*', ' ', m[0]), text)
-    write_file(path, lambda f: f.write(text.encode()))
+    write_file(path, lambda f: f.write(text.encode(errors='replace')))
 
 def load_record(path):
     """What save_record wrote. Raises SystemExit if it is missing, not JSON, or no record."""
@@ -87,5 +87,8 @@ def load_record(path):
     return record
 
 def place(name, record):
-    """The path of a result: results/NAME, which the docs are made from, or else out/NAME."""
-    return os.path.join(ROOT, 'results' if record else 'out', name)
+    """The path of a result, in a folder that is made if it is missing: results/NAME, which the docs
+    are made from, or else out/NAME."""
+    path = os.path.join(ROOT, 'results' if record else 'out', name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path

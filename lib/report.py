@@ -8,6 +8,7 @@ import os
 from textwrap import indent
 
 from lib.checkpoint import load, load_model
+from lib.console import require
 from lib.device import pick_device
 from lib.docs import fill, markdown, merged
 from lib.files import write_file
@@ -27,12 +28,17 @@ DIFFERENCE = '{@|+.4f} ± {@/error|.4f}, {@/verdict} || {@|+.4f}, {@/verdict}'
 def make(c, runs, s):
     """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
     complete leaves a note; s: the settings of compare.py."""
-    done = [run for run in runs if run.complete()]
-    parts = [part(run) for run in done]
+    parts = []
+    for run in runs:
+        try:
+            parts += [part(run)] if run.complete() else []
+        except SystemExit as damaged:
+            run.error = str(damaged)
+    require(parts, 'no run is complete: nothing to report')
     settings = {key: c[key] for key in c if key != 'seeds' and type(c[key]) is not dict}
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
     notes = [f'{run.name}, equal {run.budget}, seed {run.seed}: {run.error or "not run to its end"}'
-             for run in runs if run not in done]
+             for run in runs if not run.complete()]
     return make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
                        parts=parts, device=pick_device(s.device))
 
@@ -42,6 +48,8 @@ def part(run):
     probed = {'metrics': {}, 'curves': {}}
     if 'probe.json' in run.results:
         probed = load_record(run.folder / 'probe.json')
+    require(type(trained['metrics'].get('loss', {}).get('value')) is float,
+            f'{run.folder}{os.sep}record.json has no loss: delete it')
     saved = load(run.folder / 'last.pt')
     state = new_state(load_model(saved))
     text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
@@ -131,7 +139,7 @@ def write(record, folder):
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
                      for label, run in rows_of(parts).items() if run['notes']]
     text = '\n\n'.join(sections) + '\n'
-    write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode()))
+    write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode(errors='replace')))
     for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
         shown = {label: model['curves'][name] for label, model in rows_of(parts, '{name}').items()

@@ -195,7 +195,7 @@ def test_the_equations(n_local, n_global):
 
 @ALL_KEYS
 def test_the_equations_with_each_combination_of_keys(keys):
-    model, idx = make(**keys), tokens(1, 4 * l)
+    model, idx = make(rotary_base=50.0, **keys), tokens(1, 4 * l)
     assert_equal(all_logits(model, idx).detach()[0], literal_logits(model, idx[0].tolist()))
 
 @pytest.mark.parametrize('kind, sizes', [*(('fold', keys) for keys in KEYS),
@@ -302,13 +302,17 @@ def layer(T, keys):
     return T * 12 * C * C + 2 * T * keys * C
 
 LAST = layer(l, 2 * l) + 2 * l * C * C  # the last global layer: keys and values of the past half
+SLIDING = layer(l, l) + 4 * layer(l, 2 * l - 1)  # five segments, the first alone
 
 @pytest.mark.parametrize('kind, T, sizes, expected', [
     ('gpt', 17, {'block_size': 17}, 4 * layer(17, 17)),
     ('gpt', 96, {'block_size': 96}, 4 * layer(96, 96)), ('fold', l, {}, 4 * layer(l, l)),
     ('fold', 5 * l, {}, 12 * layer(l, l) + 4 * layer(2 * l, 2 * l) + 4 * LAST),
     ('fold', 2 * l, {'carry': 'gated'},
-     6 * layer(l, l) + layer(2 * l, 2 * l) + LAST + 2 * l * C * C)])
+     6 * layer(l, l) + layer(2 * l, 2 * l) + LAST + 2 * l * C * C),
+    ('gpt', 5 * l, {'window': l}, 4 * SLIDING), ('fold', 5 * l, {'past': 'none'}, 20 * layer(l, l)),
+    ('fold', 5 * l, {'local': 'sliding', 'past': 'frozen'}, 2 * (SLIDING + layer(l, l) + 4 * LAST)),
+    ('fold', 5 * l, {'past': 'local'}, 10 * layer(l, l) + 2 * (layer(l, l) + 4 * LAST))])
 def test_flops_are_those_of_what_is_read_and_of_no_more(kind, T, sizes, expected):
     """A product costs two operations forward and four backward; no gradient is left behind."""
     model = make(kind, **sizes)
