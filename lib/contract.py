@@ -52,6 +52,7 @@ def make_model(model_type, sizes):
         value = given.get(field.name, least)
         require(field.type is not int or value >= least,
                 f'{field.name} must be at least {least}, not {value}')
+        require(field.type is not int or value < 2 ** 48, f'{field.name}={value} is too large')
     dropout = given.get('dropout', 0)
     require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:
