@@ -4,7 +4,10 @@ import sys
 
 from lib.console import explain
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # busy waiting collapses beside other work
+# How long OpenMP's threads wait busily: for ever, they collapse beside other work; not at all, two
+# are slower than one (docs/log.md, 2026-11-28).
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 def tell(kind, error, trace):
     """Show what ends the script; without a traceback unless the program is to blame."""
