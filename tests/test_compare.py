@@ -60,6 +60,7 @@ def compared(data_dir, tmp_path_factory):
 def again(compared, tmp_path, monkeypatch):
     """again(changes of FILE, *flags): once more in a copy of the folder; the copy, the error."""
     runs = shutil.copytree(compared[0], tmp_path / 'runs')
+    (tmp_path / 'results').mkdir()
     monkeypatch.setattr(compare, 'place', lambda name, record: str(tmp_path / 'results' / name))
 
     def again(changes, *flags):
@@ -100,7 +101,7 @@ def test_every_model_sees_the_same_batches(data_dir):
     batches = []
     for block_size, batch_size, stretch in ((4, 16, 16), (16, 4, 0)):
         s = SimpleNamespace(dataset='tiny', offline_dataset='', data_dir=str(data_dir), seed=7,
-                            stream=False, eval_tokens=0, set_aside=0.0,
+                            stream=False, eval_tokens=0, set_aside=0.0, document='',
                             gradient_accumulation_steps=1, block_size=block_size,
                             batch_size=batch_size, stretch=stretch)
         batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))

@@ -133,7 +133,8 @@ def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_p
             f'--data_dir={data_dir}']
     compare.main(configure(vars(compare), argv, 'comparison'))
     record = load_record(tmp_path / 'runs' / 'comparison.json')
-    assert len(record['parts']) == 2 and 'recurrent minus windowed' in record['metrics']
+    assert len(record['parts']) == 2
+    assert 'recurrent minus windowed, equal tokens' in record['metrics']
     for part in record['parts']:
         assert part['notes'][0].startswith('ape') and part['curves']['context curve']['points']
         for name in ('loss', 'flops_per_token', 'state_bytes'):
