@@ -346,11 +346,12 @@ while run.done < s.max_iters:
     log_now = run.done % s.log_interval == 0
     run.pending = run.done % s.eval_interval == 0 or run.done == s.max_iters
     save_now = stop_now or s.checkpoint_interval and run.done % s.checkpoint_interval == 0
-    if log_now or run.pending or save_now:  # reading the loss waits for the device
+    second = run.done == first + 2  # the first update warms up
+    if log_now or run.pending or save_now or second:  # reading the loss waits for the device
         mean_loss = run.interval_loss.item() / run.interval_steps
         stop_unless_finite(mean_loss, 'the training loss')
     seconds = time.perf_counter() - start_time
-    if run.done == first + 2:  # the first update warms up
+    if second:
         say(f'about {duration(seconds * (s.max_iters - run.done))} to go, by the second update')
     run.seconds += seconds
     run.interval_seconds += seconds

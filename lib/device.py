@@ -6,6 +6,7 @@ import sys
 import torch
 
 from lib.console import require, say
+from lib.contract import unit
 from model import Block
 
 PRODUCTS = 'auto', 'onednn', 'torch'
@@ -98,7 +99,7 @@ def compile_blocks(model, compile, device):
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compile == 'off' or not blocks:
         return
-    T = min(2 * getattr(model, 'unit', 1) + 1, model.config.block_size)
+    T = min(2 * unit(model) + 1, model.config.block_size)
     idx = torch.zeros(2, T, dtype=torch.int64, device=device)
     say('compiling the blocks: a minute or more, the first time')
     for block in blocks:
