@@ -179,25 +179,29 @@ def _check(origin, key, value, default):
     raise SystemExit(f'error: {origin}{key}={value!r:.80}: expected {KINDS[kind]}')
 
 def _help(sources, positional):
-    """The text of --help: what a script is, and its settings as they stand in their sources.
-
-    sources: list of (script, module or dataclass, its {key: default}).
-    """
+    """The text of --help. sources: list of (script, module or dataclass, its {key: default})."""
     script, bare = sources[0][0], positional.upper() if positional else '[config.py ...]'
-    shown = [f'usage: python {os.path.basename(script.__file__)} {bare} [--key=value ...]']
-    shown += [*(script.__doc__ or '').splitlines()[:1], '']
+    lines = [f'usage: python {os.path.basename(script.__file__)} {bare} [--key=value ...]']
+    lines += [*(script.__doc__ or '').splitlines()[:1], '']
     for source, keys in sources:
-        shown += [] if source is script else ['', f'settings of {source.__name__}:']
-        for part in source.__mro__[:-1] if isinstance(source, type) else [source]:
-            lines = _source_of(part)
-            found = [re.match(r' *(\w+)(: \w+)? = |', line)[1] for line in lines]
-            at = sorted(found.index(key) for key in keys if key in found)  # later ones are no keys
-            if at:
-                heading = lines[at[0] - 1].lstrip().startswith('#')
-                shown += lines[at[0] - heading:at[-1] + 1]
-    return '\n'.join(shown).replace('\n\n\n', '\n\n')
+        lines += [] if source is script else ['', f'settings of {source.__name__}']
+        lines += _listing(source, {key: f'--{key}={value!r}' for key, value in keys.items()})
+    return '\n'.join(lines).replace('\n\n\n', '\n\n')
 
-def _source_of(part):
-    if isinstance(part, type):
-        return inspect.getsource(part).splitlines()
-    return [line.rstrip() for line in linecache.getlines(getattr(part, '__file__', ''))]
+def _listing(source, flags):
+    """Lines of --help: the flags of a source, each below and beside its comments there."""
+    lines = [*linecache.getlines(getattr(source, '__file__', ''))]
+    for cls in source.__mro__[:-1] if isinstance(source, type) else ():
+        lines += inspect.getsourcelines(cls)[0]
+    width, shown, above = max(map(len, flags.values()), default=0), [], []
+    for line in lines:
+        _, _, comment = line.rstrip().partition('  # ')
+        key = re.match(r' *(\w+)(: \w+)? = |', line)[1]
+        if key in flags:  # later assignments are the script's business
+            shown += [*(above or []), f'  {flags.pop(key):<{width}}  {comment}'.rstrip()]
+            above = None
+        elif above is None and line.startswith(' ' * 8):  # the comment beside goes on
+            shown.append(' ' * (width + 4) + comment.strip())
+        else:
+            above = [*(above or ['']), line.strip('# \n')] if line.lstrip()[:1] == '#' else []
+    return shown + [f'  {flag}' for flag in flags.values()]

@@ -30,14 +30,15 @@ print(show(settings))
 HELP = '''usage: python my.py [config.py ...] [--key=value ...]
 Train a thing.
 
-# input and output
-out_dir = 'out'     # where checkpoints go
-# model
-batch_size = 12     # rows of a batch,
-                    # all of one length
-dropout = 0.1
-compile = False     # "#" is no comment inside a string
-name = 'a # b'
+input and output
+  --out_dir='out'  where checkpoints go
+
+model
+  --batch_size=12  rows of a batch,
+                   all of one length
+  --dropout=0.1
+  --compile=False  "#" is no comment inside a string
+  --name='a # b'
 '''
 
 @dataclass
@@ -177,9 +178,8 @@ def test_parts_bring_keys_of_their_own(settings, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         configure(settings, ['--note=wide', '--help'], parts=parts)
     assert capsys.readouterr().out.endswith(
-        '\nsettings of a_task:\n# curriculum\nsteps = 5  # at most\n\nsettings of Wide:\n'
-        "    # memory\n    carry: str = 'plain'  # kind of carry\n"
-        '    width: int = 4   # of a layer\n')
+        '\nsettings of a_task\n\ncurriculum\n  --steps=5  at most\n\nsettings of Wide\n\n'
+        "memory\n  --carry='plain'  kind of carry\n  --width=4        of a layer\n")
 
 def test_merging_the_settings_of_a_resumed_run():
     given = Settings(dict(rate=0.1, iters=9, width=4, seed=1, threads=2, out_dir='b', new=5),

@@ -282,7 +282,7 @@ def test_program(here):
                            f'written to {here}/d/mine\n')
     done = command('--help')
     assert done.stdout.startswith('usage: python prepare.py DATASET [--key=value ...]\n')
-    assert done.stdout.count(' = ') == 5 and "tokenizer = 'char'  # char (one" in done.stdout
+    assert done.stdout.count('\n  --') == 5 and "--tokenizer='char'  char (one" in done.stdout
     for argv, words in (([], 'write python prepare.py NAME'), (['a', 'b'], 'only one dataset'),
                         (['a', '--HERE=1'], 'unknown key'), (['a'], '--file=PATH')):
         done = command(*argv)
