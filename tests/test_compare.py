@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from configurator import configure
 from lib import report
 from lib.contract import count_parameters, make_model
 from lib.records import load_record, metric
-from tasks.text import Task
 
 FILE = '''
 seeds = [1, 2]
@@ -96,16 +94,6 @@ def test_equal_means_equal(compared):
         first, second = (torch.load(compared[0] / f'{name}_{seed}' / 'last.pt', weights_only=True)
                          for name in ('fold', 'GPT_window_12'))
         assert torch.equal(first['task_state']['generator'], second['task_state']['generator'])
-
-def test_every_model_sees_the_same_batches(data_dir):
-    batches = []
-    for block_size, batch_size, stretch in ((4, 16, 16), (16, 4, 0)):
-        s = SimpleNamespace(dataset='tiny', offline_dataset='', data_dir=str(data_dir), seed=7,
-                            stream=False, eval_tokens=0, set_aside=0.0, document='',
-                            gradient_accumulation_steps=1, block_size=block_size,
-                            batch_size=batch_size, stretch=stretch)
-        batches.append(torch.stack(Task(s).random_sequences()).view(2, -1))
-    assert torch.equal(*batches)
 
 def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     before = {path.relative_to(compared[0]): path.read_bytes()

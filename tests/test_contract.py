@@ -83,6 +83,12 @@ def toys(monkeypatch):
     for name, pair in TOYS.items():
         monkeypatch.setitem(MODELS, name, pair)
 
+def test_a_model_that_sees_the_future_is_not_trained(train, tmp_path, monkeypatch):
+    monkeypatch.setattr('model.band', lambda n, S, *_: torch.zeros(n, S))
+    done = train(max_iters=1)
+    assert done.code == 1 and 'sees what is still to come' in done.err
+    assert not (tmp_path / 'out' / 'last.pt').exists()
+
 @pytest.mark.parametrize('kind', TOYS)
 def test_a_model_with_nothing_but_forward_does_all_that_others_do(
         kind, toys, run, train, data_dir, tmp_path):

@@ -132,8 +132,3 @@ def test_training_truncated_and_recomputed(train, tmp_path):
     assert cut == pytest.approx(cut_recomputed, abs=1e-5)
     assert whole == pytest.approx(recomputed, abs=1e-5)
     assert cut[0] == pytest.approx(whole[0], abs=1e-6) and cut[-1] != whole[-1]
-
-def test_a_model_without_a_carry_has_nothing_to_cut(train):
-    for settings in (dict(bptt_segments=2), dict(recompute=True)):
-        run = train('gpt', **settings)
-        assert run.code == 1 and run.err.startswith("error: model_type='gpt' has no segments")

@@ -31,6 +31,14 @@ def make_task(name, model_type='', **settings):
         task.start(model, 'cpu', nullcontext())
     return task
 
+def test_what_is_set_aside_is_scored_and_never_trained_on(data_dir):
+    usual, search = (make_task('text', data_dir=data_dir, set_aside=share, eval_tokens=0)
+                     for share in (0.0, 0.25))
+    kept = len(search.train_data)
+    assert kept == int(0.75 * len(usual.train_data))
+    both = [*search.train_data.tolist(), *search.val_data.tolist()]
+    assert both == usual.train_data.tolist() and search.val_data.tolist() != usual.val_data.tolist()
+
 def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
     fold = make_task('text', data_dir=data_dir, batch_size=4, block_size=16)
     gpt = make_task('text', data_dir=data_dir, batch_size=16, block_size=4, stretch=16)
