@@ -287,7 +287,9 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
             wpe, end = self.transformer.wpe.weight, place + idx.size(1)
-            x = x + wpe.repeat(-(-end // len(wpe)), 1)[place:end]  # each segment anew
+            if end > len(wpe):  # in each segment anew
+                wpe = wpe.repeat(-(-end // len(wpe)), 1)
+            x = x + wpe[place:end]
         return self.transformer.drop(x)
 
     def through(self, blocks, x, kept=None, cache=None):
@@ -366,7 +368,7 @@ class FoldGPT(GPT):
 
     def local(self, idx, kept=None):
         """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
-        x, blocks = self.embed(idx), self.transformer.h[:self.config.n_local]
+        x, blocks = self.embed(idx), list(self.transformer.h)[:self.config.n_local]
         if self.slides:
             return self.through(blocks, x, kept)
         (B, T, C), l = x.shape, self.config.segment_size
@@ -397,7 +399,7 @@ class FoldGPT(GPT):
     def globally(self, past, current, caches=None):
         """The global transformer: X^{s-1}_{N,N} (B, l, C), X^s_{N,0} (B, n, C) -> X^s_{N,N}."""
         past = None if self.config.past == 'none' else past
-        for i, block in enumerate(self.transformer.h[self.config.n_local:], 1):
+        for i, block in enumerate(list(self.transformer.h)[self.config.n_local:], 1):
             frozen = self.config.past != 'evolving' or i == self.config.n_global  # read no further
             cache = None if caches is None else caches[:, i - 1]
             past, current = block(past, current, cache, frozen)  # eq. 13 and 17
@@ -424,7 +426,7 @@ class FoldGPT(GPT):
         and of the segment before beyond."""
         old, kept = carry if isinstance(carry, tuple) else (carry, None)
         l, end = self.config.segment_size, place + idx.size(1)
-        blocks = self.transformer.h[:self.config.n_local]
+        blocks = list(self.transformer.h)[:self.config.n_local]
         x = self.onward(blocks, self.embed(idx, place), place, kept, cache[0], first)
         past = None if first or place else old
         begin = l if first or self.config.past == 'none' else 0

@@ -75,10 +75,12 @@ def read_(model, idx, state):
     if len(idx) != len(state) or model.training and getattr(model.config, 'dropout', 0):
         raise ValueError('reading takes a row of tokens for every row of the state, and '
                          'model.eval()')
-    begins = idx == border(model)  # a document, with which its row starts anew
-    columns = begins.any(dim=0).nonzero()[:, 0].tolist() if border(model) >= 0 else []
-    for part in idx.tensor_split(columns, dim=1):
-        rows = (part[:, :1] == border(model)).any(dim=1).nonzero()[:, 0] if columns else ()
+    if border(model) < 0:
+        read_document(model, idx, state)
+        return state.logits
+    begins = (idx == border(model)).any(dim=0)  # a document, with which its row starts anew
+    for part in idx.tensor_split(begins.nonzero()[:, 0].tolist(), dim=1):
+        rows = (part[:, :1] == border(model)).any(dim=1).nonzero()[:, 0]
         if len(rows):
             state.put(rows, empty_state(model, len(rows), state.cache is not None))
         read_document(model, part, state)
@@ -86,11 +88,11 @@ def read_(model, idx, state):
 
 def read_document(model, idx, state):
     """read_ of tokens of which only the first can begin a document."""
-    before = state.read.clone()
-    counts = set(before.tolist())
+    counts = set(state.read.tolist())
     if len(counts) == 1:
         read_rows(model, idx, state, *counts)
     else:
+        before = state.read.clone()
         for count in counts:  # rows that have read equally much go together
             rows = (before == count).nonzero()[:, 0]
             some = state.pick(rows)
