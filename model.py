@@ -106,16 +106,22 @@ class CausalSelfAttention(nn.Module):
         cache (B, 2, H, S, C/H): room for all that are seen, turned; the last P + T are filled in.
         """
         qkv = self.heads(self.c_attn(x))  # (B, 3, H, T, C/H)
-        q, own = qkv[:, 0], qkv[:, 1:]
-        k, v = (own if before is None else torch.cat((before, own), dim=3)).unbind(1)
+        own = qkv[:, 1:]
         if self.window and cache is None:
+            q, (k, v) = qkv[:, 0], (own if before is None else torch.cat((before, own), dim=3)).unbind(1)
             y = self.slide(q, k, v)
         else:
-            n, S = k.size(2), k.size(2) if cache is None else cache.size(3)
-            q, k = self.turn(q, S - x.size(1)), self.turn(k, S - n)
+            P, T = 0 if before is None else before.size(3), x.size(1)
+            S = P + T if cache is None else cache.size(3)
+            q, k = self.turn(qkv[:, :2], S - T).unbind(1)
+            v = qkv[:, 2]
+            if P:
+                k = torch.cat((self.turn(before[:, 0], S - T - P), k), dim=2)
+                v = torch.cat((before[:, 1], v), dim=2)
             if cache is not None:
-                cache[:, 0, :, S - n:], cache[:, 1, :, S - n:] = k, v
-                k, v = cache.unbind(1)
+                cache[:, 0, :, S - P - T:], cache[:, 1, :, S - P - T:] = k, v
+                seen = cache[..., -(self.window + T - 1):, :] if self.window else cache
+                k, v = seen.unbind(1)
             y = self.attend(q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape)), own
 
@@ -135,8 +141,8 @@ class CausalSelfAttention(nn.Module):
             return x
         D, end = self.head_size, place + x.size(-2)
         places = 1 << (end - 1).bit_length()  # few different tables
-        cos, sin = rotary(places, D, self.rotary_base, x.dtype, x.device)[:, place:end]
-        return torch.addcmul(x * cos, x.roll(D // 2, dims=-1), sin)
+        cos, sin = rotary(places, D, self.rotary_base, x.dtype, x.device)
+        return torch.addcmul(x * cos[place:end], x.roll(D // 2, dims=-1), sin[place:end])
 
     def slide(self, q, k, v):
         """Attention of q (B, H, T, C/H), block by block of l = `window`, each in a window of two
@@ -147,15 +153,14 @@ class CausalSelfAttention(nn.Module):
             return first if T <= l else torch.cat((first, self.slide(q[:, :, l:], k, v)), dim=2)
         q, k, v = (F.pad(x, (0, 0, 0, -T % l)) for x in (q, k, v))
         q = self.turn(q.unflatten(2, (-1, l)), l).flatten(0, 1)  # (B*H, N_s, l, C/H)
-        k, v = (x.unfold(2, 2 * l, l).mT.flatten(0, 1) for x in (k, v))  # (B*H, N_s, 2l, C/H)
-        y = self.attend(q, self.turn(k, 0), v)
+        k, v = (x[:, :, 1:].unfold(2, 2 * l - 1, l).mT.flatten(0, 1) for x in (k, v))
+        y = self.attend(q, self.turn(k, 1), v)  # to k, v (B*H, N_s, 2l - 1, C/H)
         return y.flatten(1, 2)[:, :T].unflatten(0, (-1, self.n_head))
 
     def attend(self, q, k, v):
         """Softmax attention of q (A, B, n, D) to k, v (A, B, S, D): the last query sees the last
         `window` of them, or all, the one before it those one earlier, and so on."""
         (A, B, n, D), p = q.shape, self.dropout if self.training else 0.0
-        k, v = (x[:, :, -(self.window + n - 1):] if self.window else x for x in (k, v))
         S, window = k.size(2), self.window or k.size(2)
         fused = n == 1 or S >= FUSED_FROM or q.is_cuda
         causal = 1 < n == S
@@ -185,7 +190,7 @@ def rotary(places, D, base, dtype, device):
     speeds = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)  # radians a place
     angles = torch.arange(places)[:, None] * speeds.repeat(2)
     signs = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)
-    return torch.stack((angles.cos(), angles.sin() * signs)).to(device, dtype)
+    return angles.cos().to(device, dtype), (angles.sin() * signs).to(device, dtype)
 
 class MLP(nn.Module):
     """Feed-forward network; W_FF of eq. 10."""
@@ -207,13 +212,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, window)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x, before=None, cache=None):
         """x (B, T, C) -> (B, T, C), one layer on, and its keys and values, as in the attention."""
         y, own = self.attn(self.ln_1(x), before, cache)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.ln_2(x))), own
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training), own
 
 class LocalBlock(Block):
     """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment, or
@@ -250,7 +255,6 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **(dict(wpe=nn.Embedding(places, config.n_embd)) if learned else {}),
-            drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(blocks),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -290,7 +294,7 @@ class GPT(nn.Module):
             if end > len(wpe):  # in each segment anew
                 wpe = wpe.repeat(-(-end // len(wpe)), 1)
             x = x + wpe[place:end]
-        return self.transformer.drop(x)
+        return F.dropout(x, self.config.dropout, self.training)
 
     def through(self, blocks, x, kept=None, cache=None):
         """x (B, T, C) -> (B, T, C) after the blocks, and, if their window slides, their keys and
@@ -299,7 +303,7 @@ class GPT(nn.Module):
         for i, block in enumerate(blocks):
             before = None if kept is None else kept[:, i]
             x, own = block(x, before, None if cache is None else cache[:, i])
-            new += own.split(window, dim=3)[-1:] if window else []
+            new += [own[:, :, :, (x.size(1) - 1) // window * window:]] if window else []
         return x, torch.stack(new, dim=1) if window else None
 
     def head(self, x, targets=None):

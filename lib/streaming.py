@@ -11,6 +11,7 @@ from lib.rows import Rows, rowwise
 
 TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
 TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
+FEW_TOKENS = 64  # up to which oneDNN takes longer to call than to compute, on a CPU
 
 def new_state(model, B=1):
     """The state of B rows of which nothing has been read: Rows of
@@ -75,16 +76,24 @@ def read_(model, idx, state):
     if len(idx) != len(state) or model.training and getattr(model.config, 'dropout', 0):
         raise ValueError('reading takes a row of tokens for every row of the state, and '
                          'model.eval()')
+    library = torch.backends.mkldnn
+    was, library.enabled = library.enabled, library.enabled and idx.numel() > FEW_TOKENS
+    try:
+        read_texts(model, idx, state)
+    finally:
+        library.enabled = was
+    return state.logits
+
+def read_texts(model, idx, state):
+    """read_ of tokens in which documents may begin."""
     if border(model) < 0:
-        read_document(model, idx, state)
-        return state.logits
+        return read_document(model, idx, state)
     begins = (idx == border(model)).any(dim=0)  # a document, with which its row starts anew
     for part in idx.tensor_split(begins.nonzero()[:, 0].tolist(), dim=1):
         rows = (part[:, :1] == border(model)).any(dim=1).nonzero()[:, 0]
         if len(rows):
             state.put(rows, empty_state(model, len(rows), state.cache is not None))
         read_document(model, part, state)
-    return state.logits
 
 def read_document(model, idx, state):
     """read_ of tokens of which only the first can begin a document."""

@@ -193,6 +193,7 @@ def test_a_state_that_is_not_finite_names_the_token(name, cached, sizes, t):
     embedding.weight.data[V - 1, 0] = math.nan
     with pytest.raises(FloatingPointError, match=f'not finite at token {t}$'):
         read_in(model, idx, sizes, empty_state(model, 2, cached))
+    assert torch.backends.mkldnn.enabled  # which reading few tokens goes without
 
 def test_reading_refuses_what_it_cannot_answer():
     model = make(dropout=0.1)
