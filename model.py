@@ -106,22 +106,21 @@ class CausalSelfAttention(nn.Module):
         cache (B, 2, H, S, C/H): room for all that are seen, turned; the last P + T are filled in.
         """
         qkv = self.heads(self.c_attn(x))  # (B, 3, H, T, C/H)
-        own = qkv[:, 1:]
+        T, own = x.size(1), qkv[:, 1:]
+        seen = own if before is None else torch.cat((before, own), dim=3)  # P + T of them
         if self.window and cache is None:
-            q, (k, v) = qkv[:, 0], (own if before is None else torch.cat((before, own), dim=3)).unbind(1)
-            y = self.slide(q, k, v)
+            y = self.slide(qkv[:, 0], *seen.unbind(1))
         else:
-            P, T = 0 if before is None else before.size(3), x.size(1)
-            S = P + T if cache is None else cache.size(3)
-            q, k = self.turn(qkv[:, :2], S - T).unbind(1)
-            v = qkv[:, 2]
-            if P:
-                k = torch.cat((self.turn(before[:, 0], S - T - P), k), dim=2)
-                v = torch.cat((before[:, 1], v), dim=2)
+            n, S = seen.size(3), seen.size(3) if cache is None else cache.size(3)
+            if before is None:
+                q, k = self.turn(qkv[:, :2], S - T).unbind(1)
+            else:
+                q, k = self.turn(qkv[:, 0], S - T), self.turn(seen[:, 0], S - n)
+            v = seen[:, 1]
             if cache is not None:
-                cache[:, 0, :, S - P - T:], cache[:, 1, :, S - P - T:] = k, v
-                seen = cache[..., -(self.window + T - 1):, :] if self.window else cache
-                k, v = seen.unbind(1)
+                cache[:, 0, :, S - n:], cache[:, 1, :, S - n:] = k, v
+                begin = max(0, S - self.window - T + 1) if self.window else 0
+                k, v = cache[..., begin:, :].unbind(1)
             y = self.attend(q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape)), own
 
