@@ -41,10 +41,10 @@ data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 
 # of a comparison file, with what they are if it does not say; runs without probe are not probed
-KEYS = {'seeds': [1337], 'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'common': {}, 'runs': {},
-        'probe': {}, 'prompts': [], 'new_tokens': 200}
-BUDGETS = 'tokens', 'flops', 'seconds'  # of a run, if they are not 0: each has runs of its own
-EACH = {'seeds': int, 'prompts': str, 'runs': dict}  # what these are made of
+KEYS = {'seeds': [1337], 'tokens': 0, 'budgets': [], 'common': {}, 'runs': {}, 'probe': {},
+        'prompts': [], 'new_tokens': 200}
+BUDGETS = 'flops', 'seconds'  # equal to the first run's, beside equal tokens: runs of their own
+EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what these are made of
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
@@ -55,7 +55,7 @@ QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 2
 class Run:
     """One model to train, and the folder of all that comes of it."""
     name: str        # in the tables
-    budget: str
+    budget: str      # of those that are equal; ', ' between several
     seed: int
     settings: dict   # of train.py
     tokens: int      # that it is trained on
@@ -108,7 +108,7 @@ def read_comparison(name):
     for key, value in given.items():
         require(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
         kind = type(KEYS[key])
-        require(type(value) in (kind, int) if kind is float else type(value) is kind,
+        require(type(value) is kind,
                 f'{name}: {key} must be of type {kind.__name__}, not {value!r}')
         for one in (value.values() if kind is dict else value) if key in EACH else ():
             require(type(one) is EACH[key],
@@ -116,8 +116,8 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
-    require(any(c[budget] for budget in BUDGETS) and all(c[budget] >= 0 for budget in BUDGETS),
-            f'{name}: one of {", ".join(BUDGETS)} must be set, to a number above 0')
+    require(c['tokens'] > 0 and {*c['budgets']} <= {*BUDGETS},
+            f'{name}: tokens must be above 0, and budgets some of {BUDGETS}')
     for run in c['runs']:
         settings_of(c, run)
     require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
@@ -140,24 +140,31 @@ def folder_of(folder, *names):
     return Path(folder, '_'.join(re.sub(r'\W+', '_', str(name)).strip('_') for name in names))
 
 def plan(c, folder, costs, quick=False):
-    """All runs: as many updates as the budget pays for. costs: {name: {budget: of a token}}."""
-    found, budgets = [], [budget for budget in BUDGETS if c[budget]]
+    """All runs: as many updates as pass `tokens`, or cost what the first run's do. costs: {name:
+    {budget: of a token}}."""
+    found, first = [], next(iter(c['runs']))
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
     probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
-    for budget, seed, name in product(budgets, c['seeds'], c['runs']):
+    for budget, seed, name in product(['tokens', *c['budgets']], c['seeds'], c['runs']):
+        if name == first and budget != 'tokens':
+            continue  # its run at equal tokens is the measure of each
         settings, update = settings_of(c, name)
-        cost = 1 if quick or budget == 'tokens' else costs.get(name, {}).get(budget, math.inf)
-        iters = 4 if quick else max(1, round(c[budget] / (update * cost)))
+        ours, its = (costs.get(run, {}).get(budget) for run in (first, name))
+        share = ours / its if ours and its else 1
+        iters = 4 if quick else max(1, round(c['tokens'] * share / update))
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
-        results, full = {'record.json': {}}, budget == budgets[0]
+        results, full = {'record.json': {}}, budget == 'tokens'
         if full and c['probe']:
             results['probe.json'] = probe
         if full and c['prompts'] and seed == c['seeds'][0]:
             results['samples.json'] = samples
         names = (name, seed) if budget == 'tokens' else (name, budget, seed)
-        found.append(Run(name, budget, seed, settings, iters * update, folder_of(folder, *names),
+        equal = ', '.join(['tokens', *c['budgets']]) if name == first else budget
+        found.append(Run(name, equal, seed, settings, iters * update, folder_of(folder, *names),
                          results))
+        if not (quick or budget == 'tokens' or ours and its):
+            found[-1].error = 'what its tokens cost is not known: its short runs failed'
     return found
 
 async def call(s, script, **flags):
@@ -263,7 +270,7 @@ def main(s):
     for path in (os.path.join(folder, 'comparison.json'), os.path.join(folder, 'report.md'),
                  *[place(f'{name}.json', True)] * s.record):
         check_place(path)
-    needed = not s.quick and (c['flops'] or c['seconds'])
+    needed = c['budgets'] and not s.quick
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
     require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')

@@ -81,7 +81,8 @@ def by_budget(parts):
     """{budget: {name: the runs of that name, merged}}."""
     found = {}
     for part in parts:
-        found.setdefault(part['settings']['budget'], []).append(part)
+        for budget in part['settings']['budget'].split(', '):
+            found.setdefault(budget, []).append(part)
     return {budget: rows_of(some, '{name}') for budget, some in found.items()}
 
 def rows_of(parts, label='{name}, {seed}'):
