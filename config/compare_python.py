@@ -1,10 +1,9 @@
-# As compare_shakespeare.py, on the corpus that needs no network:
-#   python compare.py config/compare_python.py
+# Who wins, Python source: python compare.py config/compare_python.py
+# As compare_first.py, on the corpus that needs no network.
 import os
 import runpy
 
-_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_shakespeare.py')
+_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_first.py')
 _file = runpy.run_path(_path)
-seeds, tokens, runs, probe = (_file[key] for key in ('seeds', 'tokens', 'runs', 'probe'))
-common = {**_file['common'], 'dataset': 'python'}
-prompts, new_tokens = ['def read(self, ', 'import os\n'], _file['new_tokens']
+seeds, tokens, budgets = (_file[key] for key in ('seeds', 'tokens', 'budgets'))
+runs = {name: {**run, 'dataset': 'python'} for name, run in _file['runs'].items()}

@@ -1,7 +1,7 @@
 # The search behind config/fold_shakespeare.py and config/gpt_shakespeare.py:
 #   python compare.py config/search_shakespeare.py
-# One change at a time, the same changes for the fold, the GPT of its window and the sliding window;
-# scored on the last tenth of the training split, which these runs do not see.
+# One change at a time, the same for the fold, the GPT of its window and the sliding window, then
+# shapes of the fold; scored on the last tenth of the training split, which these runs do not see.
 seeds = [1337]
 tokens = 3_532_800
 
@@ -26,5 +26,17 @@ _changes = {
     'last rate 4e-4': dict(min_lr=4e-4),
     'rotary base 100': dict(rotary_base=100.0),
 }
+_shapes = {
+    '1 local, 3 global layers': dict(n_local=1, n_global=3),
+    '2 local, 2 global layers': dict(n_local=2, n_global=2),
+    '2 + 2 layers, past frozen': dict(n_local=2, n_global=2, past='frozen'),
+    'local layers see their segment': dict(local='segment'),
+    'learned positions': dict(position='learned'),
+    'segments of 6': dict(segment_size=6),
+    'segments of 24': dict(segment_size=24),
+    'gated carry': dict(carry='gated'),
+    'sequences of 48': dict(block_size=48, batch_size=32, stretch=96),
+}
 runs = {f'{name}, {change}'.removesuffix(', '): {**model, **settings}
         for change, settings in _changes.items() for name, model in _models.items()}
+runs |= {f'fold, {shape}': {**_models['fold'], **settings} for shape, settings in _shapes.items()}
