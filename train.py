@@ -88,7 +88,7 @@ threads = 0                 # CPU threads of each process; 0 leaves it to torch
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'block_size',
          'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window',
          'position', 'rotary_base', 'border', 'n_head', 'n_embd', 'dropout', 'bias', 'filler',
-         'symbols', 'key_length', 'names')
+         'symbols', 'key_length', 'names', 'cups', 'every')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):
@@ -263,7 +263,7 @@ if s.init_from == 'scratch':
 elif s.init_from == 'resume':
     model = ckpt.load_model(checkpoint)
 else:
-    others = [key for key in ('filler', 'symbols', 'names') if key in s.as_dict()
+    others = [key for key in ('filler', 'symbols', 'names', 'cups') if key in s.as_dict()
               and checkpoint.get('config', {}).get(key, getattr(s, key)) != getattr(s, key)]
     require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'window',

@@ -1,10 +1,12 @@
 """What the memory tasks share: random sequences, rows that walk on, and the measure of recall."""
 import math
+from itertools import groupby
 
 import torch
 
-from lib.console import require
-from lib.contract import carries
+from configurator import at_least, numbers
+from lib.console import require, say
+from lib.contract import carries, unit
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
 from lib.rows import Rows, rowwise
 
@@ -70,3 +72,80 @@ class MemoryTask:
         if own['walkers'] is not None:
             self.walkers = Rows(**own['walkers'])
             self.walkers.carry = rowwise(lambda c: c.to(device), self.walkers.carry)
+
+class WalkingTask(MemoryTask):
+    """A memory task with a curriculum, in which sequences that answer right walk on: their carry is
+    kept, and the next update reads on from it. So the depth that is trained grows as the memory
+    gets better, at the cost of a few segments an update. Settings: first, longest, grow_at, leave.
+
+    A class of it has new(F), which reads new sequences of F segments and what is asked: loss, which
+    rows are right (B,), tokens read, which of them may walk on (B,), and they themselves, Rows with
+    age (B,), tokens since what is asked for was shown, and carry; and further(rows, F), which reads
+    on in place: loss, which are right, tokens read.
+    """
+
+    KEPT = 'stage', 'recall'
+
+    def __init__(self, s, sequences):
+        at_least(s, longest=1, first=1)
+        require(max(s.grow_at, s.leave) <= 1,
+                f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
+        require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
+        super().__init__(s, sequences)
+        self.l, self.stage = s.segment_size, s.first
+
+    def start(self, model, device, autocast):
+        super().start(model, device, autocast)
+        require(self.l % unit(model) == 0, f'segment_size={self.l} must be a multiple of the '
+                f"model's recurrence step of {unit(model)} tokens")
+
+    def backward(self):
+        F, old = self.stage, self.walkers
+        if torch.rand((), generator=self.shared) < 0.5:  # half of the updates are the hardest
+            F = int(torch.randint(self.stage + 1, (), generator=self.shared))
+        loss, right, read, may, rows = self.new(F)
+        if old:
+            loss_old, right_old, more = self.further(old, F)
+            loss, read = loss + loss_old * len(old) / self.B, read + more
+            old = old.pick(right_old & (self.sequences.uniform(len(old)) >= self.s.leave))
+        loss.backward()
+        if rows.carry is not None and F:  # new sequences take the places of those that left
+            fit = may.nonzero()[:, 0][:max(0, self.B - len(old or ()))]
+            old = rows.pick(fit).join(old)
+        if old is not None:
+            old.carry = rowwise(torch.detach, old.carry)
+        self.walkers = old
+        self.grow(F, right)
+        return mean(loss.detach()), WORLD * read
+
+    def grow(self, F, right):
+        """Follow the recall of the hardest new sequences; let the curriculum grow by it."""
+        if F < self.stage:
+            return
+        self.follow(right, 0.1)
+        if self.recall > self.s.grow_at and self.stage < self.s.longest and self.carries:
+            self.stage, self.recall = self.stage + 1, 0.0
+
+    def figures(self):
+        ages = self.walkers.age.tolist() if self.walkers else []
+        return {'segments': self.stage, 'recall': round(self.recall, 4), 'walkers': len(ages),
+                'mean_age': round(sum(ages) / max(1, len(ages)))}
+
+def interval(right, n, z=1.96):
+    """The 95 % interval of a share, right of n (Wilson)."""
+    p, center = right / n, (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
+
+def measure_distances(p, right_of):
+    """Points of a curve, the share of right answers against distance, by the settings distances,
+    sequences, far and far_sequences of p; right_of(distances, n) -> {distance: right of n}."""
+    at_least(p, sequences=1, far_sequences=1)
+    distances, points = numbers('distances', p.distances), []
+    for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
+        for d, right in right_of([*some], n).items():
+            low, high = interval(right, n)
+            points.append({'x': d, 'value': right / n, 'low': low, 'high': high, 'n': n,
+                           'right': right})
+            say(f'{d:>9,} tokens: {right / n:.3f} [{low:.3f}, {high:.3f}], {right} of {n} right')
+    return points

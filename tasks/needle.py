@@ -8,21 +8,19 @@ reads on from it. So the depth that is trained grows as the memory gets better, 
 segments an update.
 """
 import os
-from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from configurator import at_least, numbers, one_of
+from configurator import at_least, one_of
 from lib.console import Progress, require, say
-from lib.contract import unit
 from lib.gradients import to_device
-from lib.memory import MemoryTask, RandomSequences
-from lib.processes import RANK, WORLD, from_writer, mean
+from lib.memory import RandomSequences, WalkingTask, measure_distances
+from lib.processes import RANK, from_writer
 from lib.records import metric
-from lib.rows import Rows, rowwise
+from lib.rows import Rows
 from lib.streaming import new_state, read_
 from tasks.text import open_data
 
@@ -98,28 +96,20 @@ def make_sequences(s, split, seed):
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
     return Sequences(seed, s.key_length, meta['vocab_size'], torch.from_numpy(ids.astype(np.int64)))
 
-class Task(MemoryTask):
+class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
 
-    KEPT = 'stage', 'recall'
-
     def __init__(self, s):
-        at_least(s, symbols=1, key_length=1, longest=1, first=1, probe_distance=0)
-        require(max(s.grow_at, s.leave) <= 1,
-                f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
+        at_least(s, symbols=1, key_length=1, probe_distance=0)
         one_of(s, filler=('symbols', 'text'))
         require(s.key_length < s.segment_size, f'key_length={s.key_length}: a key and its question '
                 f'must fit into two segments of {s.segment_size}')
-        require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
         super().__init__(s, make_sequences(s, 'train', s.seed + 1_000_003 * RANK))
-        self.l, self.stage = s.segment_size, s.first
         self.asked = f'the keys recalled after {s.probe_distance} tokens'
 
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
         W, two = model.config.block_size, 2 * self.l
-        require(self.l % unit(model) == 0, f'segment_size={self.l} must be a multiple of the '
-                f"model's recurrence step of {unit(model)} tokens")
         require(self.carries or W % two == 0 or two % W == 0,
                 f'block_size={W} must divide two segments, {two} tokens, or be a multiple of them')
 
@@ -136,44 +126,26 @@ class Task(MemoryTask):
         answers = logits.detach().argmax(dim=-1).view(y.shape)
         return loss, ((answers == y) | (y < 0)).all(dim=1).cpu(), carry
 
-    def backward(self):
-        """On new sequences, F segments and the two of the question, and on those that walk."""
-        F, old = self.stage, self.walkers
-        if torch.rand((), generator=self.shared) < 0.5:  # half of the updates are the hardest
-            F = int(torch.randint(self.stage + 1, (), generator=self.shared))
-        T = (F + 2) * self.l if self.carries else max(2 * self.l, self.model.config.block_size)
-        tail = 2 * self.l if self.carries else T
+    def new(self, F):
+        """F segments and the two of the question, in any place of them without a carry."""
+        T, tail = self.lengths(F)
         x, y, keys, after = self.sequences.new(self.B, T, tail)
         loss, right, carry = self.read_and_ask(x, y, None)
-        read = self.B * T
-        if old:
-            x, y = self.sequences.old(old.keys, T, tail)
-            loss_old, right_old, old.carry = self.read_and_ask(x, y, old.carry)
-            loss, read = loss + loss_old * len(x) / self.B, read + len(x) * T
-            old.age += F * self.l
-            old = old.pick(right_old & (self.sequences.uniform(len(x)) >= self.s.leave))
-        loss.backward()
-        if carry is not None and F:  # new sequences take the places of those that left
-            fit = (right & (after <= F * self.l)).nonzero()[:, 0][:max(0, self.B - len(old or ()))]
-            old = Rows(keys=keys, age=F * self.l - after, carry=carry).pick(fit).join(old)
-        if old is not None:
-            old.carry = rowwise(torch.detach, old.carry)
-        self.walkers = old
-        self.grow(F, right)
-        return mean(loss.detach()), WORLD * read
+        shown = right & (after <= F * self.l)
+        return loss, right, self.B * T, shown, Rows(keys=keys, age=F * self.l - after, carry=carry)
 
-    def grow(self, F, right):
-        """Follow the recall of the hardest new sequences; let the curriculum grow by it."""
-        if F < self.stage:
-            return
-        self.follow(right, 0.1)
-        if self.recall > self.s.grow_at and self.stage < self.s.longest and self.carries:
-            self.stage, self.recall = self.stage + 1, 0.0
+    def further(self, rows, F):
+        T, tail = self.lengths(F)
+        x, y = self.sequences.old(rows.keys, T, tail)
+        loss, right, rows.carry = self.read_and_ask(x, y, rows.carry)
+        rows.age += F * self.l
+        return loss, right, len(rows) * T
 
-    def figures(self):
-        ages = self.walkers.age.tolist() if self.walkers else []
-        return {'segments': self.stage, 'recall': round(self.recall, 4), 'walkers': len(ages),
-                'mean_age': round(sum(ages) / max(1, len(ages)))}
+    def lengths(self, F):
+        """Tokens of a sequence, and those at its end in which the question is."""
+        if self.carries:
+            return (F + 2) * self.l, 2 * self.l
+        return (max(2 * self.l, self.model.config.block_size),) * 2
 
     def measure(self):
         d, n = self.s.probe_distance, 200
@@ -211,24 +183,10 @@ def recalled(model, s, distances, n, device):
     progress.close()
     return right
 
-def interval(right, n, z=1.96):
-    """The 95 % interval of a share, right of n (Wilson)."""
-    p, center = right / n, (right + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
-
 def probe(model, saved, p, device):
     """Recall against distance: the settings distances, sequences, far and far_sequences of p."""
-    s, points = SimpleNamespace(**saved['config']), []
-    at_least(p, sequences=1, far_sequences=1)
-    distances = numbers('distances', p.distances)
-    for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
-        for d, right in recalled(model, s, [*some], n, device).items():
-            low, high = interval(right, n)
-            points.append({'x': d, 'value': right / n, 'low': low, 'high': high, 'n': n,
-                           'right': right})
-            say(f'{d:>9,} tokens: recall {right / n:.3f} [{low:.3f}, {high:.3f}], '
-                f'{right} of {n} sequences')
+    s = SimpleNamespace(**saved['config'])
+    points = measure_distances(p, lambda some, n: recalled(model, s, some, n, device))
     chance = DIGITS ** -s.key_length
     say(f'chance: {chance:g}')
     axes = {'x': 'tokens of filler between key and question', 'y': 'keys recalled'}

@@ -29,7 +29,8 @@ def kill(*args):
     dict(recompute=True, carry='gated'),
     dict(stream=True, bptt_segments=1, recompute=True, gradient_accumulation_steps=2),
     dict(task='needle'), dict(task='needle', filler='text', key_length=2, carry='plain'),
-    dict(task='needle', model_type='gpt'), dict(task='pairs'), dict(task='pairs', passed_at=2.0)])
+    dict(task='needle', model_type='gpt'), dict(task='pairs'), dict(task='pairs', passed_at=2.0),
+    dict(task='track')])
 def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypatch):
     """And saving more often changes nothing."""
     settings = dict(max_iters=14, eval_interval=6, log_interval=3, **mode)
@@ -39,7 +40,7 @@ def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypat
         train(checkpoint_interval=4, **settings)
     saved = load(tmp_path / 'out' / 'last.pt')
     assert saved['iter_num'] == 8
-    if mode in (dict(task='needle'), dict(task='pairs')):
+    if mode in (dict(task='needle'), dict(task='pairs'), dict(task='track')):
         assert len(saved['task_state']['processes'][0]['walkers']['carry']) > 1
     assert resume().code == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'out')

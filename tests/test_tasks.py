@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
-from tasks import find_task, needle, pairs
+from tasks import find_task, needle, pairs, track
 
 NEEDLE = dict(segment_size=12, key_length=5, symbols=16, probe_distance=30)
+TRACK = dict(segment_size=12, block_size=24, symbols=4, cups=3, every=4)
 PAIRS = dict(segment_size=12, names=9, symbols=16, pairs=5, batch_size=8, fresh=3)
 FIRST_DIGIT, MARK, ASK, FIRST_NAME = 16, 26, 27, 28  # of these
 close = partial(equal, atol=1e-10)
@@ -175,6 +176,77 @@ def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
 
+def lying(sequences, text):
+    """The object under each cup after the tokens of a row, by hand."""
+    objects, swaps = [*range(sequences.s.cups)], {4: (0, 1), 5: (0, 2), 6: (1, 2)}
+    for token in text:
+        if token in swaps and token < sequences.ask:
+            a, b = swaps[token]
+            objects[a], objects[b] = objects[b], objects[a]
+    return objects
+
+@pytest.mark.parametrize('cups, every', [(3, 4), (2, 2)])
+def test_each_segment_asks_once_for_what_lies_under_a_cup(cups, every):
+    sequences = make_task('track', **{**TRACK, 'cups': cups, 'every': every}).sequences
+    ask = 4 + (3 if cups == 3 else 1)
+    x, y, objects = sequences.further(sequences.start(300), 36)
+    more, targets, objects = sequences.further(objects, 12)
+    for row, wanted, at_last in zip(torch.cat((x, more), dim=1).tolist(),
+                                    torch.cat((y, targets), dim=1).tolist(), objects.tolist()):
+        places = [i for i, token in enumerate(row) if token == ask]
+        assert [i // 12 for i in places] == [0, 1, 2, 3] and lying(sequences, row) == at_last
+        assert {i: target for i, target in enumerate(wanted) if target >= 0} == {
+            i + 1: ask + 1 + cups + lying(sequences, row[:i])[row[i + 1] - ask - 1] for i in places}
+    swaps = ((x >= 4) & (x < ask)).float().mean() * 12 / 10  # but where it is asked
+    assert abs(swaps - 1 / every) < 0.02 and len({*(y >= 0).nonzero()[:, 1].tolist()}) == 33
+
+def test_tracked_objects_walk_on_with_their_memory():
+    task = make_task('track', 'fold', **TRACK, batch_size=8, leave=0.0, first=2, grow_at=1.0)
+    texts, further, inner = {}, task.sequences.further, task.read
+
+    def recorded(objects, T):
+        x, y, after = further(objects, T)
+        texts['last'] = x
+        return x, y, after
+
+    def read(objects, F, carry):
+        loss, right, T, after, new = inner(objects, F, carry)
+        for row, was, now in zip(texts['last'], [None] * 8 if carry is None else carry, new):
+            before = row[:0] if was is None else texts[was[0, 0].item()]
+            texts[now[0, 0].item()] = torch.cat((before, row))
+        return loss, torch.rand(len(right)) < 0.7, T, after, new
+    task.sequences.further, task.read = recorded, read
+    for _ in range(12):
+        task.backward()
+    walkers = task.walkers
+    for objects, age, carry in zip(walkers.objects, walkers.age, walkers.carry):
+        text = texts[carry[0, 0].item()]
+        assert len(text) == age and lying(task.sequences, text.tolist()) == objects.tolist()
+        close(task.model(text[None])[2][0].detach(), carry)
+    assert len(walkers) == 8 and max(walkers.age) > 60
+
+class Tracker(torch.nn.Module):
+    """Knows what lies under the cups as long as knows(tokens read)."""
+
+    def __init__(self, sequences, knows):
+        super().__init__()
+        self.sequences, self.knows = sequences, knows
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(block_size=7300, vocab_size=99)
+
+    def forward(self, idx, targets=None, carry=None):
+        logits = torch.zeros(*(idx.shape if targets is not None else (len(idx), 1)), 99)
+        for row, text in enumerate(idx.tolist() if targets is None else ()):
+            if self.knows(len(text) - 2):
+                cup = text[-1] - self.sequences.cup
+                logits[row, 0, self.sequences.object + lying(self.sequences, text)[cup]] = 1
+        return logits, None, None
+
+def test_tracking_is_that_of_the_model_at_every_distance():
+    s = make_task('track', **TRACK).s
+    tracker = Tracker(track.Sequences(s, 1), lambda read: read in (36, 7200))
+    assert track.answered(tracker, s, [30, 48, 7200], 60, 'cpu') == {30: 60, 48: 0, 7200: 60}
+
 def shown(row):
     """{name: digit} of the pairs in a row of tokens, and the places where they begin."""
     at = [i for i, token in enumerate(row) if token == MARK]
@@ -277,6 +349,7 @@ def test_pairs_start_from_weights_that_compare_names():
     ('needle', dict(filler='noise'), "'noise'"), ('needle', dict(key_length=4), 'key_length=4'),
     ('needle', dict(first=4), 'first=4'), ('needle', dict(filler='text', dataset='no'), "'no'"),
     ('needle', dict(model_type='gpt', block_size=6), 'block_size=6'),
+    ('track', dict(cups=1), 'cups must be at least 2'), ('track', dict(first=4), 'first=4'),
     ('pairs', dict(pairs=10), 'pairs=10'), ('pairs', dict(together=3), 'together=3'),
     ('pairs', dict(fresh=9), 'fresh=9'), ('pairs', dict(model_type='gpt'), 'with a carry')])
 def test_bad_settings_get_one_line(data_dir, name, settings, words):

@@ -17,7 +17,8 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
     'needle': dict(dataset='tiny', batch_size=64, key_length=1, symbols=1, longest=3,
                    probe_distance=9, carry='gated', learning_rate=0.01),
     'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
-                  segments=2, questions=1, passed_at=-1.0)}
+                  segments=2, questions=1, passed_at=-1.0),
+    'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32)}
 
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
          'model_args', 'model_type', 'task', 'tokenizer', 'data'}  # texts, that stay anyhow
@@ -25,7 +26,7 @@ equal = partial(torch.testing.assert_close, rtol=0, atol=0)  # of values in valu
 
 def flags(out_dir, data_dir='', task='text', **settings):
     """The command line of a run of train.py on any task, a second long."""
-    own = {} if task == 'pairs' else dict(data_dir=data_dir)
+    own = dict(data_dir=data_dir) if task in ('text', 'needle') else {}
     values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK[task], **settings}
     return [f'--{key}={value}' for key, value in values.items()]
 
@@ -69,7 +70,8 @@ def watch(monkeypatch, act):
     monkeypatch.setattr(torch.optim.AdamW, 'step', watched)
 
 @pytest.mark.parametrize('task, model_type', [('text', 'fold'), ('text', 'gpt'), ('needle', 'fold'),
-                                              ('needle', 'gpt'), ('pairs', 'fold')])
+                                              ('needle', 'gpt'), ('pairs', 'fold'),
+                                              ('track', 'fold'), ('track', 'gpt')])
 def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
     for name, seed, interval in (('a', 1, 20), ('b', 1, 3), ('c', 2, 20)):  # of evaluations
         done = train(model_type, task, tmp_path / name, seed=seed, eval_interval=interval)
