@@ -6,7 +6,8 @@
 Text: the loss of the validation split. Context curve: the loss of the tokens of a segment if all
 but the c tokens before it is taken away. Preserved context: the largest c beyond which history is
 still worth 0.005 nats per token. Remote co-occurrence: the loss of a word with and without the one
-place where it stood last. Needle: recall against distance. Pairs: recall against their number.
+place where it stood last. Needle, track: right answers against distance. Pairs, mqar: against their
+number.
 """
 import lib.start  # noqa: F401 (before torch)
 import os
@@ -39,10 +40,10 @@ words = 400         # words scored in every bin of remote co-occurrence
 bins = '12,24,48,96,150,288'  # borders of these bins, tokens back to where the word stood last
 stretches = 100     # contiguous parts of the text that the bootstrap draws from
 resamples = 2000    # bootstrap samples
-# needle and pairs
+# needle, track, pairs and mqar
 sequences = 200     # fresh sequences at each distance, or for each number of pairs
-# needle
-distances = '12,48,192,768,3072,12288,49152,1000000'  # tokens of filler before the question
+# needle and track
+distances = '12,48,192,768,3072,12288,49152,1000000'  # tokens read before the question
 far = 100000        # from this distance on there are far_sequences
 far_sequences = 100  # fresh sequences at far distances
 # pairs

@@ -36,7 +36,7 @@ from lib.streaming import check_reading
 from tasks import find_task
 
 # run
-task = 'text'               # 'text', 'needle', 'pairs' or another of tasks/
+task = 'text'               # 'text', 'needle', 'track' or another of tasks/
 out_dir = 'out/run'         # folder of the checkpoints and the log
 init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt), or a checkpoint
 overwrite = False           # start over in an out_dir that holds another run
@@ -88,7 +88,7 @@ threads = 0                 # CPU threads of each process; 0 leaves it to torch
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'block_size',
          'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window',
          'position', 'rotary_base', 'border', 'n_head', 'n_embd', 'dropout', 'bias', 'filler',
-         'symbols', 'key_length', 'names', 'cups', 'every')
+         'symbols', 'key_length', 'names', 'cups', 'every', 'lengths', 'vocabulary')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 def parts(known):

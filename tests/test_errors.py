@@ -46,7 +46,7 @@ def contents(folder):
     (dict(n_global=0), ['n_global must be at least 1']),
     (dict(carry='x'), ["carry must be one of ('plain', 'gated'), not 'x'"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'", "not 'gtp'"]),
-    (dict(task='txt'), ["task must be one of 'needle', 'pairs', 'text', 'track', not 'txt'"]),
+    (dict(task='txt'), ["task must be one of 'mqar', 'needle', 'pairs', 'text', 'track', not"]),
     (dict(dtype='float16'), ['dtype must be']),
     (dict(device='gpu'), ["device='gpu' is not available"]),
     (dict(device='meta'), ["device='meta' is not available"]),

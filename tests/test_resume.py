@@ -30,7 +30,7 @@ def kill(*args):
     dict(stream=True, bptt_segments=1, recompute=True, gradient_accumulation_steps=2),
     dict(task='needle'), dict(task='needle', filler='text', key_length=2, carry='plain'),
     dict(task='needle', model_type='gpt'), dict(task='pairs'), dict(task='pairs', passed_at=2.0),
-    dict(task='track')])
+    dict(task='track'), dict(task='mqar')])
 def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypatch):
     """And saving more often changes nothing."""
     settings = dict(max_iters=14, eval_interval=6, log_interval=3, **mode)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
-from tasks import find_task, needle, pairs, track
+from tasks import find_task, mqar, needle, pairs, track
 
 NEEDLE = dict(segment_size=12, key_length=5, symbols=16, probe_distance=30)
 TRACK = dict(segment_size=12, block_size=24, symbols=4, cups=3, every=4)
@@ -315,6 +315,34 @@ def test_pairs_walk_on_with_their_memory():
         assert shown(text.tolist())[0] == dict(zip(order[:count], digits))
     assert len(walkers) == 8 and min(lengths) == 24 and max(lengths) > 72  # some from long before
 
+@pytest.mark.parametrize('T, count', [(64, 4), (41, 10)])
+def test_keys_come_back_once_and_ask_for_their_value(T, count):
+    sequences = make_task('mqar', vocabulary=8192).sequences
+    x, y = sequences.new(400, T, count)
+    places = []
+    for row, targets in zip(x.tolist(), y.tolist()):
+        pairs = dict(zip(row[:2 * count:2], row[1:2 * count:2]))
+        asked = {i: target for i, target in enumerate(targets) if target >= 0}
+        assert len(pairs) == len(asked) == count and max(pairs) < 4096 <= min(pairs.values())
+        assert {row[i]: target for i, target in asked.items()} == pairs
+        places += [i - 2 * count for i in asked]
+    assert {*places} == {*range(0, (T - 2 * count) // 2 * 2, 2)}
+    assert T == 41 or sum(i < 8 for i in places) > sum(i >= 28 for i in places)  # soon, not late
+
+class Finder(torch.nn.Module):
+    """Knows the values of keys in sequences of 64 tokens."""
+
+    def forward(self, x, y):
+        T, first = x.size(1), [[row.index(token) for token in row] for row in x.tolist()]
+        values = x.gather(1, (torch.tensor(first) + 1).clamp(max=T - 1)) * (T == 64)
+        return F.one_hot(values, 8192).float(), torch.zeros(()), None
+
+def test_associative_recall_is_that_of_the_model():
+    saved = {'config': vars(make_task('mqar', vocabulary=8192, lengths='64:4,128:8').s)}
+    found = mqar.probe(Finder(), saved, SimpleNamespace(sequences=60), 'cpu')
+    points = found['curves']['recall']['points']
+    assert [(p['x'], p['value'], p['n']) for p in points] == [(4, 1.0, 240), (8, 0.0, 480)]
+
 class Keeper(torch.nn.Module):
     """Keeps the last four pairs; of all others the digit is wrong."""
 
@@ -350,6 +378,8 @@ def test_pairs_start_from_weights_that_compare_names():
     ('needle', dict(first=4), 'first=4'), ('needle', dict(filler='text', dataset='no'), "'no'"),
     ('needle', dict(model_type='gpt', block_size=6), 'block_size=6'),
     ('track', dict(cups=1), 'cups must be at least 2'), ('track', dict(first=4), 'first=4'),
+    ('mqar', dict(lengths='64:20'), "lengths='64:20'"), ('mqar', dict(lengths='64'), "'64'"),
+    ('mqar', dict(model_type='gpt', block_size=16), 'block_size=16'),
     ('pairs', dict(pairs=10), 'pairs=10'), ('pairs', dict(together=3), 'together=3'),
     ('pairs', dict(fresh=9), 'fresh=9'), ('pairs', dict(model_type='gpt'), 'with a carry')])
 def test_bad_settings_get_one_line(data_dir, name, settings, words):

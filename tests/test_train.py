@@ -18,6 +18,7 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
                    probe_distance=9, carry='gated', learning_rate=0.01),
     'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
                   segments=2, questions=1, passed_at=-1.0),
+    'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
     'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32)}
 
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
@@ -71,7 +72,8 @@ def watch(monkeypatch, act):
 
 @pytest.mark.parametrize('task, model_type', [('text', 'fold'), ('text', 'gpt'), ('needle', 'fold'),
                                               ('needle', 'gpt'), ('pairs', 'fold'),
-                                              ('track', 'fold'), ('track', 'gpt')])
+                                              ('track', 'fold'), ('track', 'gpt'),
+                                              ('mqar', 'fold'), ('mqar', 'gpt')])
 def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
     for name, seed, interval in (('a', 1, 20), ('b', 1, 3), ('c', 2, 20)):  # of evaluations
         done = train(model_type, task, tmp_path / name, seed=seed, eval_interval=interval)
