@@ -1,7 +1,7 @@
 """Measure a trained model by its task: how far back it uses text, or how well it remembers.
 
     python probe.py --out_dir=out/fold_shakespeare
-    python probe.py --out_dir=out/fold_shakespeare --file=book.txt --targets=500
+    python probe.py out/fold_shakespeare --file=book.txt --targets=500
 
 Text: the loss of the validation split. Context curve: the loss of the tokens of a segment if all
 but the c tokens before it is taken away. Preserved context: the largest c beyond which history is
@@ -31,7 +31,7 @@ seed = 1337         # of the bootstrap
 device = 'auto'     # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0         # CPU threads; 0 leaves it to torch
 # text
-file = ''           # text to score; '' is the validation split that belongs to the run
+file = ''           # text to score, or to hide a key in; '' is what belongs to the run
 histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment, rounded up
                     # to whole segments; the last is the reference
 segment = 12        # tokens of a target segment, where the model has no segments of its own
@@ -46,6 +46,7 @@ sequences = 200     # fresh sequences at each distance, or for each number of pa
 distances = '12,48,192,768,3072,12288,49152,1000000'  # tokens read before the question
 far = 100000        # from this distance on there are far_sequences
 far_sequences = 100  # fresh sequences at far distances
+keys = 1            # hidden in a file, one in each of so many copies
 # pairs
 most = 32           # recall is measured for 1, 2, ... pairs up to so many
 wait = 0            # segments of filler between the last pair and the questions
@@ -81,4 +82,4 @@ def main(p):
             curves(os.path.join(folder, picture), f'{title}, {corpus}', {name: curve})
 
 if __name__ == '__main__':
-    main(configure(globals()))
+    main(configure(globals(), positional='out_dir'))

@@ -368,7 +368,7 @@ if run.done < s.max_iters:
         f'saved; python train.py --init_from=resume {folder} goes on from there')
 else:
     from_writer(write_record)
-    script = 'sample.py' if job.tokenizer else 'probe.py'
+    script = 'sample.py' if s.task == 'text' else 'probe.py'
     word = 'nothing left to train, evaluated again' if finished else 'done'
     say(f'{word}, {duration(run.seconds)} of training; python {script} {folder}')
 stop.done()

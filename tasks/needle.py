@@ -8,6 +8,7 @@ reads on from it. So the depth that is trained grows as the memory gets better, 
 segments an update.
 """
 import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch.nn.functional import pad
 from configurator import at_least, one_of
 from lib.console import Progress, require, say
 from lib.gradients import to_device
-from lib.memory import RandomSequences, WalkingTask, measure_distances
+from lib.memory import RandomSequences, WalkingTask, interval, measure_distances
 from lib.processes import RANK, from_writer
 from lib.records import metric
 from lib.rows import Rows
 from lib.streaming import new_state, read_
+from prepare import Tokenizer, read_text
 from tasks.text import open_data
 
 filler = 'symbols'      # 'symbols' (random ones) or 'text' (stretches of a prepared data set)
@@ -106,6 +108,10 @@ class Task(WalkingTask):
                 f'must fit into two segments of {s.segment_size}')
         super().__init__(s, make_sequences(s, 'train', s.seed + 1_000_003 * RANK))
         self.asked = f'the keys recalled after {s.probe_distance} tokens'
+        if s.filler == 'text':
+            _, meta = from_writer(lambda: open_data(s, s.dataset))
+            self.tokenizer = meta['tokenizer']
+            self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
 
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
@@ -184,11 +190,52 @@ def recalled(model, s, distances, n, device):
     return right
 
 def probe(model, saved, p, device):
-    """Recall against distance: the settings distances, sequences, far and far_sequences of p."""
+    """Recall against distance, by the settings distances, sequences, far and far_sequences of p; or
+    in a file, by file, keys and seed."""
     s = SimpleNamespace(**saved['config'])
+    if p.file:
+        return find_in_file(model, saved, p, device)
     points = measure_distances(p, lambda some, n: recalled(model, s, some, n, device))
     chance = DIGITS ** -s.key_length
     say(f'chance: {chance:g}')
     axes = {'x': 'tokens of filler between key and question', 'y': 'keys recalled'}
     return {'what': 'recall', 'metrics': {'chance': metric(chance)}, 'notes': [],
             'curves': {'recall': {**axes, 'points': points}}}
+
+@torch.no_grad()
+def find_in_file(model, saved, p, device):
+    """Hide keys near the start of a text, one in each of so many copies, and ask for them at its
+    end. Characters that the model does not know are read as spaces."""
+    require(saved.get('tokenizer') and p.keys > 0, 'file takes a model that knows a text, trained '
+            'with --filler=text, and keys=1 or more')
+    tokenizer, text = Tokenizer(saved['tokenizer']), read_text(p.file)
+    unknown = {*text} - {*saved['tokenizer']['chars']}
+    replaced = sum(map(text.count, unknown))
+    require(2 * replaced < len(text), f'{p.file} has {len(text):,} characters, of which the model '
+            f"knows {len(text) - replaced:,}: it takes a text mostly of its own characters")
+    ids = tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown), ' '))).astype('int64')
+    k, sequences = saved['config']['key_length'], Sequences(p.seed, saved['config']['key_length'],
+                                                            tokenizer.vocab_size)
+    keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(12, len(ids))))
+    state, begin = new_state(model, p.keys), time.perf_counter()
+    key = pad(keys, (1, 0), value=sequences.mark)
+    for part in (*torch.from_numpy(ids[:lead])[None].split(PER_READ, 1), key,
+                 *torch.from_numpy(ids[lead:])[None].split(PER_READ, dim=1)):
+        read_(model, part.expand(p.keys, -1).to(device), state)
+    speed = p.keys * (len(ids) + k + 1) / (time.perf_counter() - begin)
+    token, answers = torch.full((p.keys, 1), sequences.ask), []
+    for _ in range(k):
+        token = read_(model, token.to(device), state).argmax(dim=-1, keepdim=True)
+        answers.append(token.cpu())
+    right = int((torch.cat(answers, dim=1) == keys).all(dim=1).sum())
+    digits = [' '.join(str(token - sequences.filler) for token in row.tolist())
+              for row in (keys[0], torch.cat(answers, dim=1)[0])]
+    say(f'hidden after {lead} characters: {digits[0]}\n'
+        f'read: {len(text):,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
+        f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'
+        f'answer: {digits[1]}, {right} of {p.keys} right')
+    low, high = interval(right, p.keys)
+    return {'what': 'recall in a file', 'curves': {}, 'notes': [], 'metrics': {
+        'recall': metric(right / p.keys, n=p.keys, low=low, high=high),
+        'characters': metric(len(text)), 'read as spaces': metric(replaced),
+        'tokens per second': metric(speed), 'state_bytes': metric(state.nbytes // p.keys)}}

@@ -176,6 +176,22 @@ def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
 
+def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(data_dir, tmp_path, capsys):
+    task = make_task('needle', 'gpt', data_dir=data_dir, filler='text', **NEEDLE, block_size=24)
+    known = ''.join(task.tokenizer['chars'])
+    (tmp_path / 'book').write_text((known * 99)[:600] + '\u2260' * 7)
+    saved = {'config': vars(task.s), 'tokenizer': task.tokenizer}
+    p = SimpleNamespace(file=str(tmp_path / 'book'), keys=3, seed=2)
+    for model, right in ((Scholar(task.sequences, lambda d: d > 590), 3), (task.model.eval(), 0)):
+        found = needle.probe(model, saved, p, 'cpu')['metrics']
+        assert found['recall']['value'] == right / 3 and found['read as spaces']['value'] == 7
+        assert '607 characters, 7 of them as spaces' in capsys.readouterr().out
+    (tmp_path / 'book').write_text(known[0] * 9 + '\u2260' * 9)
+    with pytest.raises(SystemExit, match='has 18 characters, of which the model knows 9'):
+        needle.probe(model, saved, p, 'cpu')
+    with pytest.raises(SystemExit, match='filler=text'):
+        needle.probe(model, {**saved, 'tokenizer': None}, p, 'cpu')
+
 def lying(sequences, text):
     """The object under each cup after the tokens of a row, by hand."""
     objects, swaps = [*range(sequences.s.cups)], {4: (0, 1), 5: (0, 2), 6: (1, 2)}
