@@ -116,9 +116,9 @@ check(s)
 device = set_up(s.device, s.threads, products='torch')
 path = ckpt.find_file(s.out_dir or ckpt.newest_run('text'))
 saved = ckpt.load(path, device)
-require(saved.get('tokenizer'), f'{path} holds no vocabulary: name a run of train.py on text with '
-        f'--out_dir; it gives one to the weights of another program, too, by --init_from=PATH '
-        f'--max_iters=0')
+require(saved.get('tokenizer') and saved['task'] == 'text', f'{path} is of another task, or holds '
+        f'no vocabulary: name a run of train.py on text with --out_dir; it gives one to weights of '
+        f'another program, too, by --init_from=PATH --max_iters=0')
 tokenizer = Tokenizer(saved['tokenizer'])
 vocab_size = min(saved['model_args']['vocab_size'], tokenizer.vocab_size)  # beyond is padding
 model = ckpt.load_model(saved, device=device, vocab_size=vocab_size).eval()
