@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from glob import glob
 from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -24,7 +25,7 @@ from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, require, say
 from lib.device import pick_device, set_threads
-from lib.files import check_place, own_folder, write_file
+from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
 
@@ -46,6 +47,8 @@ KEYS = {'seeds': [1337], 'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'common': {}
 BUDGETS = 'tokens', 'flops', 'seconds'  # of a run, if they are not 0: each has runs of its own
 EACH = {'seeds': int, 'prompts': str, 'runs': dict}  # what these are made of
 RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
+MARKS = {'settings.json': b'"gradient_accumulation_steps": ', 'record.json': RECORD,
+         'probe.json': RECORD, 'samples.json': b'"prompts": '}  # as check_kind has them
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
@@ -91,8 +94,12 @@ class Run:
         return self.tokens if self.complete() else 0.9 * max(map(int, found), default=0)
 
     def conflict(self):
-        """What its folder holds in place of it: a run with another setting; '' if there is none."""
-        before = self.read('settings.json') if (self.folder / 'last.pt').exists() else self.settings
+        """What its folder holds in place of it: a run with another setting; '' if there is none.
+        Raises SystemExit if that is of another program."""
+        for name, mark in MARKS.items():
+            check_kind(self.folder / name, mark)
+        begun = {*glob('*', root_dir=self.folder)} - {'settings.json', 'log.jsonl'}
+        before = self.read('settings.json') if begun else self.settings
         for key in sorted({**before, **self.settings}):
             then, now = before.get(key), self.settings.get(key)  # None is train.py's own
             if then != now:
@@ -180,6 +187,7 @@ async def calibrate(s, c, folder):
     """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
     in turns, as many at a time as later; measured once and kept in the folder."""
     path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
+    check_place(path, b'"flops": ')
     try:
         costs = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there yet, or damaged
@@ -207,7 +215,8 @@ async def calibrate(s, c, folder):
                        'seconds': 1 / statistics.median(rates)}
         say(f"{name}: {costs[name]['flops']:,.0f} FLOPs and {1e6 * costs[name]['seconds']:,.0f} "
             'microseconds a token')
-    write_file(path, lambda f: f.write(json.dumps(costs).encode()))
+    if costs:
+        write_file(path, lambda f: f.write(json.dumps(costs).encode()))
     return costs
 
 async def work(s, run, slots):
@@ -215,6 +224,8 @@ async def work(s, run, slots):
     last, probe, samples = (run.folder / 'last.pt', *map(run.results.get, RESULTS[1:]))
     async with slots:
         try:
+            if run.error:
+                raise SystemExit(run.error)
             if not run.has('record.json'):
                 start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
                 run.write('settings.json', run.settings)
@@ -237,7 +248,7 @@ async def work_on(s, runs):
     """Work on all runs, s.jobs at a time, and show how far they are; a signal ends it."""
     slots, before = asyncio.Semaphore(s.jobs), sum(run.done() for run in runs)
     progress = Progress('comparison', sum(run.tokens for run in runs) - before)
-    jobs = {asyncio.create_task(work(s, run, slots)) for run in runs if not run.error}
+    jobs = {asyncio.create_task(work(s, run, slots)) for run in runs}
     stop = Stop()
     while jobs and not stop.wanted():
         _, jobs = await asyncio.wait(jobs, timeout=1)
@@ -260,11 +271,15 @@ def main(s):
     folder = s.out_dir or place(name, False)
     if not s.only_report:
         own_folder(folder)
-    for path in (os.path.join(folder, 'comparison.json'), os.path.join(folder, 'report.md'),
-                 *[place(f'{name}.json', True)] * s.record):
-        check_place(path)
+    for file, mark in (('comparison.json', RECORD), ('report.md', report.START.encode()),
+                       ('loss.png', PICTURE), ('context.png', PICTURE)):
+        check_place(os.path.join(folder, file), mark)
+    if s.record:
+        check_place(place(f'{name}.json', True), RECORD)
     needed = not s.quick and (c['flops'] or c['seconds'])
-    runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
+    runs = plan(c, folder, {}, s.quick)
+    if needed:
+        runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)), s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
     require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     wanted = [run for run in runs if run.name in chosen]

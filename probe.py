@@ -11,13 +11,14 @@ place where it stood last. Needle: recall against distance. Pairs: recall agains
 import lib.start  # noqa: F401 (before torch)
 import os
 import re
+from glob import glob
 
 from configurator import at_least, configure, defaults_of
 from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
 from lib.device import set_up
-from lib.files import check_place
+from lib.files import PICTURE, RECORD, check_place
 from lib.pictures import curves
 from lib.records import make_record, metric, place, save_record
 from tasks import find_task
@@ -63,8 +64,9 @@ def main(p):
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
     target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')
-    for place_of in (target, os.path.join(folder, 'probe.png')):
-        check_place(place_of)
+    check_place(target, RECORD)
+    for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
+        check_place(os.path.join(folder, picture), PICTURE)
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "
         f"task {saved['task']!r}, measured on {corpus}")
     found = task.probe(model, saved, p, device)

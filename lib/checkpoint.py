@@ -18,7 +18,7 @@ import torch
 
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import check_place, write_file
+from lib.files import PICTURE, RECORD, check_kind, check_place, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -216,10 +216,10 @@ def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
     says so; without keep a run starts anew, and the files of another go."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    own = (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
-    for name in ('log.jsonl', *own):
-        require(not os.path.isdir(os.path.join(folder, name)), f'{folder} has a folder {name} in '
-                f'place of a file: rename it, or go elsewhere with --out_dir')
+    own = {**dict.fromkeys(FILES, b''), 'record.json': RECORD, 'loss.png': PICTURE,
+           'probe.json': RECORD, 'probe.png': PICTURE}
+    for name, mark in {'log.jsonl': b'', **own}.items():
+        check_kind(os.path.join(folder, name), mark)
     gone = () if keep else own
     for name in os.listdir(folder):
         if name in gone or is_temporary(name):  # left by a process that was killed

@@ -238,9 +238,43 @@ def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
 def test_a_folder_in_place_of_a_file_is_found_before_the_work(run, train, model_dir,  # noqa: F811
                                                               tmp_path):
     (tmp_path / 'new' / 'loss.png').mkdir(parents=True)
-    check(train(out_dir=tmp_path / 'new', overwrite=True), 'has a folder loss.png in place of')
+    check(train(out_dir=tmp_path / 'new', overwrite=True), 'new/loss.png is no file that this')
     (model_dir / 'probe.json').mkdir()
     check(run('probe.py', f'--out_dir={model_dir}', '--device=cpu'), 'probe.json')
+
+BENCH = '--sizes=1+1x16x2', '--window=24', '--block_sizes=24'
+COMPARISON = """tokens, seeds, prompts = 24, [1], ['a']
+common = dict(block_size=24, batch_size=1, dataset='tiny')
+runs, probe = {'a': {}}, {'targets': 4}
+"""
+
+@pytest.mark.parametrize('script, name', [
+    *[('probe.py', f'out/probe{end}') for end in ('.json', '.png', '_context_curve.png')],
+    ('train.py', 'out/record.json'), ('train.py', 'out/loss.png'), ('train.py', 'out/probe.json'),
+    ('bench.py', 'out/generation.json'), ('bench.py', 'out/speed.json'),
+    *[('compare.py', f'out/{name}') for name in (
+        'comparison.json', 'report.md', 'loss.png', 'context.png', 'a_1/settings.json',
+        'a_1/record.json', 'a_1/probe.json', 'a_1/samples.json', 'a_1/ckpt.pt', 'a_1/notes')]])
+def test_what_another_program_made_is_not_replaced(
+        run, model_dir, tmp_path, monkeypatch, script, name):  # noqa: F811
+    monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
+    (tmp_path / 'comparison.py').write_text(COMPARISON)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for content in (b'{"some": "thing"}', b'\x89PNG\r\n\x1a\n', b'# Side', b''):
+        (tmp_path / name).write_bytes(content)
+        before = contents(tmp_path)
+        done = run(script, *{
+            'probe.py': [f'--out_dir={model_dir}'],
+            'bench.py': ['--parts=generation,speed', *BENCH],
+            'train.py': [f'--out_dir={model_dir}', '--init_from=resume'],
+            'compare.py': [tmp_path / 'comparison.py', f"--out_dir={tmp_path / 'out'}"]}[script])
+        error, whole = done.err.splitlines()[-1], done.out + done.err
+        assert done.code == 1 and error.startswith('error: '), whole
+        if name.endswith(('ckpt.pt', 'notes')):
+            assert 'a_1 holds a run with another batch_size' in whole and ': delete it' in whole
+        else:
+            assert f'{name} is no file that this program wrote, and is not replaced' in error, whole
+        assert contents(tmp_path) == before
 
 def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     train(max_iters=10)

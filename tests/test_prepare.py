@@ -123,6 +123,16 @@ def test_older_data_set_is_replaced_and_nothing_else():
     assert os.path.islink('data/linked') and sorted(os.listdir('elsewhere')) == PARTS
     assert sorted(os.listdir('data/mine')) == [*PARTS[:1], 'thesis.txt', *PARTS[1:]]
 
+@pytest.mark.parametrize('name, words', [
+    ('train.bin', 'data/mine has a train.bin without a meta.json of ours'),
+    ('val.bin', 'has a val.bin'), ('meta.json', 'mine/meta.json is no file that this program')])
+def test_the_files_of_another_program_are_not_replaced(name, words):
+    os.makedirs('data/mine')
+    Path('data/mine', name).write_text('{"vocab": 3}')
+    check_error(words, make, file='none.txt')  # before it is read
+    assert os.listdir('data/mine') == [name]
+    assert Path('data/mine', name).read_text() == '{"vocab": 3}'
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left')])
 @pytest.mark.parametrize('owner, name, last', [
     (os, 'mkdir', ''), (Path, 'write_bytes', 'val.bin'), (os, 'replace', 'train.bin')])
