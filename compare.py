@@ -46,9 +46,9 @@ KEYS = {'seeds': [1337], 'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'common': {}
         'probe': {}, 'prompts': [], 'new_tokens': 200}
 BUDGETS = 'tokens', 'flops', 'seconds'  # of a run, if they are not 0: each has runs of its own
 EACH = {'seeds': int, 'prompts': str, 'runs': dict}  # what these are made of
-RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
-MARKS = {'settings.json': b'"gradient_accumulation_steps": ', 'record.json': RECORD,
-         'probe.json': RECORD, 'samples.json': b'"prompts": '}  # as check_kind has them
+# of a run, in its folder: what of it check_kind is to find in each
+FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
+         'settings.json': b'"gradient_accumulation_steps": '}
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
@@ -96,7 +96,7 @@ class Run:
     def conflict(self):
         """What its folder holds in place of it: a run with another setting; '' if there is none.
         Raises SystemExit if that is of another program."""
-        for name, mark in MARKS.items():
+        for name, mark in FILES.items():
             check_kind(self.folder / name, mark)
         begun = {*glob('*', root_dir=self.folder)} - {'settings.json', 'log.jsonl'}
         before = self.read('settings.json') if begun else self.settings
@@ -221,7 +221,8 @@ async def calibrate(s, c, folder):
 
 async def work(s, run, slots):
     """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
-    last, probe, samples = (run.folder / 'last.pt', *map(run.results.get, RESULTS[1:]))
+    probe, samples = map(run.results.get, ('probe.json', 'samples.json'))
+    last = run.folder / 'last.pt'
     async with slots:
         try:
             if run.error:

@@ -16,6 +16,7 @@ from configurator import at_least, configure
 from lib import checkpoint as ckpt
 from lib.console import Progress, lost, require, write
 from lib.device import set_up
+from lib.files import check_place
 from lib.processes import Stop
 from lib.streaming import new_state, read_, stream
 from prepare import Tokenizer
@@ -46,7 +47,7 @@ def check(s):
     require(s.start.startswith('FILE:') or s.start == s.start.encode('utf-8', 'replace').decode(),
             '--start is not UTF-8: write it in a file, and name that as --start=FILE:path')
     if s.save_state:
-        ckpt.refuse_to_replace(s.save_state)
+        check_place(s.save_state, ckpt.STATE)
 
 def read_bytes(raw):
     """What there is to read, at most a block; nothing at the end, and once one is to stop."""

@@ -294,22 +294,17 @@ run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=Fals
                       val={'val_loss': math.inf, 'val_error': None}, **new_interval())
 if s.init_from == 'resume':
     try:
-        kinds = [{key: type(value) for key, value in one.items()}
-                 for one in (checkpoint['run'], vars(run))]
-        if kinds[0] != kinds[1]:
-            raise TypeError('run')
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict({**checkpoint['optimizer'],  # with this call's settings
+                                   'param_groups': optimizer.state_dict()['param_groups']})
         for p, state in optimizer.state.items():
-            if any(value.shape not in (p.shape, ()) for value in state.values()):
+            if any(value.shape not in (p.shape, ()) for value in state.values()) or any(
+                    state[key].min() < 0 for key in ('step', 'exp_avg_sq')):
                 raise ValueError('optimizer')
-        for group in optimizer.param_groups:
-            decay = s.weight_decay if group['weight_decay'] else 0.0
-            group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
         vars(run).update(checkpoint['run'])
         if checkpoint['config'].get('eval_tokens') != s.as_dict().get('eval_tokens'):
             run.best = math.inf
             say('resume: other eval_tokens than before: the best loss starts anew')
-        run.interval_loss = run.interval_loss.to(device)
+        run.interval_loss = run.interval_loss.to(device).reshape(())
         job.load_state(checkpoint['task_state'], device)
         for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
             set_random_state(state, device)

@@ -18,7 +18,7 @@ import torch
 
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import PICTURE, RECORD, check_kind, check_place, write_file
+from lib.files import PICTURE, RECORD, check_kind, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -28,6 +28,10 @@ KINDS = {'model': dict, 'model_args': dict, 'model_type': str, 'task': str, 'con
          'data': dict, 'iter_num': int}  # of what a checkpoint holds
 TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data': dict, 'task': str,
              'task_state': dict}
+RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': bool, 'val': dict,
+       'interval_loss': torch.Tensor, 'interval_steps': int, 'interval_tokens': int,
+       'interval_seconds': float}  # where training stands
+STATE = b'X\4\0\0\0read'  # a name that pickle writes near the start of a streaming state
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
 def save(path, content, kept='the checkpoint before it is kept'):
@@ -86,12 +90,31 @@ def load_to_resume(folder):
                              f'from it, or start with --init_from={best}') from None
         raise
     for key, kind in TO_RESUME.items():
-        require(isinstance(checkpoint.get(key), kind) and (key != 'config' or checkpoint[key]),
+        require(isinstance(checkpoint.get(key), kind) and (key == 'data' or checkpoint[key]),
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
+                f'--init_from={path} starts from its weights')
+    run = checkpoint['run']
+    for key, fine in {
+            'run': {key: type(value) for key, value in run.items()} == RUN and can_be(
+                {**run, 'val': None, 'best': min(run['best'], 9.0)}),
+            'iter_num': run.get('done') == checkpoint.get('iter_num'),
+            **{key: can_be(checkpoint[key]) for key in ('optimizer', 'task_state')}}.items():
+        require(fine, f'{path} cannot be resumed: it is damaged, no run saves such a {key!r}; '
                 f'--init_from={path} starts from its weights')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
+
+def can_be(value):
+    """Whether numbers of any depth are some that training counts and computes: finite, and below 0
+    in tensors of floats alone."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(can_be, value.values() if isinstance(value, dict) else value))
+    if torch.is_tensor(value):
+        plain = value.layout == torch.strided and not value.is_complex()
+        return plain and bool(value.isfinite().all() and (value.is_floating_point()
+                                                          or (value >= 0).all()))
+    return not isinstance(value, (int, float)) or 0 <= value < 2 ** 63
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
@@ -162,33 +185,18 @@ def fingerprint(model):
 def save_state(path, state, model, generator):
     """Write a streaming state and that of its random numbers, atomically. Raises SystemExit if it
     cannot be written, or if another kind of file is there."""
-    refuse_to_replace(path)
+    check_kind(path, STATE)
     content = {'model': fingerprint(model), 'state': vars(state.clone()),  # not views of more
                'rng': generator.get_state()}
     save(path, content, 'a state that was there is kept')
-
-def refuse_to_replace(path):
-    """Raise SystemExit unless a state can be written to path, where no other kind of file is."""
-    require(os.path.isfile(path) or not os.path.exists(path), f'{path} is no file: name another')
-    try:
-        if os.path.exists(path):
-            read_state(path)
-    except SystemExit as error:
-        raise SystemExit(f'{error}; it is not replaced: name another file') from None
-    check_place(path)
-
-def read_state(path):
-    """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
-    require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
-    content = read_file(path, 'state')
-    require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
-    return content
 
 def load_state(path, model, generator=None):
     """The state that save_state wrote; its random numbers go on from there in a generator of the
     same kind of device. Raises SystemExit if the file is missing or damaged, or if another model
     wrote it."""
-    content = read_state(path)
+    require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
+    content = read_file(path, 'state')
+    require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
     require(content['model'] == fingerprint(model),
             f'{path} is not a state of this model: name its run with --out_dir')
     try:

@@ -45,7 +45,8 @@ def check_kind(path, mark=b''):
         with open(path, 'rb') as f:
             found = f.read(4096)
     require(not os.path.exists(path) or found is not None and mark in found,
-            f'{path} is no file that this program wrote, and is not replaced: rename it')
+            f'{path} is of another kind, or another program, and is not replaced: rename it, or go '
+            f'elsewhere')
 
 def check_place(path, mark=b''):
     """As check_kind; and raise OSError, which is explained at the script's end, if no file can be

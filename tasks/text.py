@@ -169,6 +169,6 @@ class Task:
             require(len(state['at']) == len(self.at), f"the checkpoint's streams are "
                     f"{len(state['at'])} rows, batch_size * gradient_accumulation_steps is "
                     f'{len(self.at)}: stream=False goes on without them')
-            self.at = state['at']
+            self.at.copy_(state['at'])
             self.carries = [rowwise(lambda c: my_share(c).to(device), carry)
                             for carry in state['carries']]

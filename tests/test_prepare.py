@@ -125,7 +125,7 @@ def test_older_data_set_is_replaced_and_nothing_else():
 
 @pytest.mark.parametrize('name, words', [
     ('train.bin', 'data/mine has a train.bin without a meta.json of ours'),
-    ('val.bin', 'has a val.bin'), ('meta.json', 'mine/meta.json is no file that this program')])
+    ('val.bin', 'has a val.bin'), ('meta.json', 'mine/meta.json is of another kind')])
 def test_the_files_of_another_program_are_not_replaced(name, words):
     os.makedirs('data/mine')
     Path('data/mine', name).write_text('{"vocab": 3}')

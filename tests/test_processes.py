@@ -76,7 +76,7 @@ def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
     """Where the log is to be, something else is: one line, nothing from the other."""
     (tmp_path / 'out' / 'log.jsonl' / 'x').mkdir(parents=True)
     errors = finish(start(flags(tmp_path / 'out', data_dir, overwrite=True)), code=1)
-    assert 'log.jsonl is no file that this program' in errors[0] and errors[0].count('\n') == 1
+    assert 'log.jsonl is of another kind' in errors[0] and errors[0].count('\n') == 1
     assert errors[1] == ''
 
 @pytest.mark.parametrize('environment, words', [
