@@ -242,6 +242,7 @@ best_path, last_path, log_path = (os.path.join(out_dir, name)
 check(s)
 machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
+stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
 from_writer(lambda: open_folder(s))
 if device == 'cpu':
     s = s.replace(products=machine.choose_products(s.products))
@@ -321,7 +322,7 @@ say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
 
 # --- train ----------------------------------------------------------------------------------------
 model.train()
-stop = processes.Stop()
+stop = stop or processes.Stop()
 folder = shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')
 finished = run.done >= s.max_iters
 if not run.done:
