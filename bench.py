@@ -223,6 +223,8 @@ def main(s):
     one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
     at_least(s, memory_limit_gb=0.0, threads=0, window_tokens=1, rounds=1, batch_size=1,
              bptt_segments=1, starts=1, steps=1)
+    require(s.vocab_size <= 2 ** 16, f'vocab_size={s.vocab_size} is more than {2 ** 16}, which no '
+            f'data set has: lower it')
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
     with torch.device('meta'):  # models without memory
         for job in product(s.sides.split(','), s.sizes.split(','), lengths):

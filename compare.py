@@ -23,7 +23,7 @@ from subprocess import PIPE, Popen
 
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
-from lib.console import Progress, require, say
+from lib.console import Progress, count, require, say
 from lib.device import pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
@@ -253,7 +253,7 @@ async def work_on(s, runs):
     stop = Stop()
     while jobs and not stop.wanted():
         _, jobs = await asyncio.wait(jobs, timeout=1)
-        progress.at(sum(run.done() for run in runs) - before, f'{len(jobs)} runs to go')
+        progress.at(sum(run.done() for run in runs) - before, f"{count(len(jobs), 'run')} to go")
     progress.close()
     stop.done()
     if stop.wanted():
@@ -272,7 +272,7 @@ def main(s):
     folder = s.out_dir or place(name, False)
     if not s.only_report:
         own_folder(folder)
-    for file, mark in (('comparison.json', RECORD), ('report.md', report.START.encode()),
+    for file, mark in (('comparison.json', RECORD), ('report.md', b'# Side by side'),
                        ('loss.png', PICTURE), ('context.png', PICTURE)):
         check_place(os.path.join(folder, file), mark)
     if s.record:

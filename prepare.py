@@ -199,6 +199,9 @@ def _check_request(dataset, file, tokenizer, newlines):
 
 def read_text(file):
     """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
+    piped = file.startswith(('/dev/stdin', '/dev/fd/'))  # also what a shell makes of <(command)
+    require(piped or os.path.isfile(file) or not os.path.exists(file), f'{file} is a directory, a '
+            f'pipe or a device: write the text into a file, or pipe it into --file=/dev/stdin')
     try:
         raw = Path(file).read_bytes() if file else _python_text()
         raw = gzip.decompress(raw) if raw.startswith(b'\x1f\x8b') else raw

@@ -55,10 +55,11 @@ def main(p):
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
-    missing = [key for key in ('segment_size', 'seed', *defaults_of(find_task(saved['task'])))
+    task = find_task(saved['task'], 'probe')
+    missing = [key for key in ('segment_size', 'seed', *defaults_of(task))
                if key not in saved.get('config', {}) and saved['task'] != 'text']
     require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
-    task, config, folder = find_task(saved['task']), saved.get('config', {}), os.path.dirname(path)
+    config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])

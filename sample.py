@@ -14,7 +14,7 @@ import torch
 
 from configurator import at_least, configure
 from lib import checkpoint as ckpt
-from lib.console import Progress, lost, require, write
+from lib.console import Progress, count, lost, require, write
 from lib.device import set_up
 from lib.files import check_place
 from lib.processes import Stop
@@ -75,6 +75,8 @@ def file_blocks(name):
             yield held + decoder.decode(b'', final=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        if getattr(error, 'object', b'').startswith(b'\x1f\x8b'):
+            reason = f'gzip has packed it: zcat {name} | python sample.py --start=FILE:- ...'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
 def read_file(name):
@@ -153,7 +155,7 @@ except SystemExit as error:  # a prompt that cannot be read on: what came before
     raise SystemExit(f'{error}{kept}') from None
 if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
-    write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '
+    write(sys.stderr, f"{count(int(state.read[0]), 'token')} condensed in {s.save_state}, "
                       f'{os.path.getsize(s.save_state):,} bytes\n')
 if sys.stdout in lost:
     sys.exit(1)

@@ -25,7 +25,7 @@ from configurator import at_least, configure, merge, one_of, show
 from lib import checkpoint as ckpt
 from lib import device as machine
 from lib import processes
-from lib.console import duration, require, say
+from lib.console import count, duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
 from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
@@ -318,7 +318,7 @@ write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_par
           **job.data, **made_by)
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
-    f"{torch.get_num_threads()} threads, {'bfloat16' if half else 'float32'}")
+    f"{count(torch.get_num_threads(), 'thread')}, {'bfloat16' if half else 'float32'}")
 
 # --- train ----------------------------------------------------------------------------------------
 model.train()

@@ -18,7 +18,7 @@ import torch
 
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import PICTURE, RECORD, check_kind, write_file
+from lib.files import PICTURE, RECORD, check_kind, is_file, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -43,7 +43,7 @@ def find_file(path):
     the repository."""
     for where in (os.path.abspath(os.path.expanduser(path)), os.path.join(ROOT, path)):
         for file in (where, *(os.path.join(where, name) for name in FILES)):
-            if os.path.isfile(file):
+            if is_file(file):
                 return file
     raise SystemExit(f'error: no checkpoint at {path}; {TRAIN_FIRST}')
 
@@ -80,8 +80,9 @@ def load_to_resume(folder):
     """last.pt of a run, or ckpt.pt of one that was stopped between its first two files. Raises
     SystemExit, with the way on, if it is damaged or not from train.py."""
     best, last = (os.path.join(folder, name) for name in FILES)
-    path = last if os.path.exists(last) or not os.path.exists(best) else best
-    require(os.path.isfile(path), f'no run to resume in {folder}; {TRAIN_FIRST}')
+    path = last if is_file(last) or not is_file(best) else best
+    require(is_file(path), f'no run to resume in {folder}: name the folder of one with --out_dir, '
+            f'or begin one without --init_from=resume')
     try:
         checkpoint = load(path)
     except SystemExit as error:
@@ -90,17 +91,15 @@ def load_to_resume(folder):
                              f'from it, or start with --init_from={best}') from None
         raise
     for key, kind in TO_RESUME.items():
-        require(isinstance(checkpoint.get(key), kind) and (key == 'data' or checkpoint[key]),
+        require(isinstance(checkpoint.get(key), kind)
+                and (checkpoint[key] or key not in ('config', 'rng')),
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
                 f'--init_from={path} starts from its weights')
-    run = checkpoint['run']
-    for key, fine in {
-            'run': {key: type(value) for key, value in run.items()} == RUN and can_be(
-                {**run, 'val': None, 'best': min(run['best'], 9.0)}),
-            'iter_num': run.get('done') == checkpoint.get('iter_num'),
-            **{key: can_be(checkpoint[key]) for key in ('optimizer', 'task_state')}}.items():
-        require(fine, f'{path} cannot be resumed: it is damaged, no run saves such a {key!r}; '
-                f'--init_from={path} starts from its weights')
+    run, counted = checkpoint['run'], {**checkpoint['run'], 'best': 0, 'val': 0}
+    require({key: type(value) for key, value in run.items()} == RUN and run['best'] >= 0
+            and can_be((counted, checkpoint['optimizer']))
+            and run['done'] == checkpoint.get('iter_num'), f'{path} cannot be resumed: it is '
+            f'damaged in its run or optimizer; --init_from={path} starts from its weights')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
@@ -112,8 +111,8 @@ def can_be(value):
         return all(map(can_be, value.values() if isinstance(value, dict) else value))
     if torch.is_tensor(value):
         plain = value.layout == torch.strided and not value.is_complex()
-        return plain and bool(value.isfinite().all() and (value.is_floating_point()
-                                                          or (value >= 0).all()))
+        lowest = value if plain and not value.is_floating_point() else torch.zeros(())
+        return plain and bool(value.isfinite().all() and (lowest >= 0).all())
     return not isinstance(value, (int, float)) or 0 <= value < 2 ** 63
 
 def load_weights(model, state_dict):

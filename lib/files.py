@@ -1,5 +1,7 @@
 """Files that are written whole or not at all, and folders that one process owns while it lives."""
 import os
+import stat
+from contextlib import suppress
 
 from lib.console import require
 
@@ -37,6 +39,11 @@ def temporary_name(path):
     """The path of a file of this process alone, beside the one at path, a link's target."""
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+
+def is_file(path):
+    """Whether there is a file. Raises OSError where one may not look, which is no answer."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return stat.S_ISREG(os.stat(path).st_mode)
 
 def check_kind(path, mark=b''):
     """Raise SystemExit unless path is free, or of a file of ours, with the mark near its start."""

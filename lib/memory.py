@@ -3,6 +3,7 @@ import math
 
 import torch
 
+from lib.checkpoint import can_be
 from lib.console import require
 from lib.contract import carries
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
@@ -60,10 +61,12 @@ class MemoryTask:
                 **{key: getattr(self, key) for key in self.KEPT}}
 
     def load_state(self, state, device):
+        if not can_be(state):
+            raise ValueError('task_state')
         require(len(state['processes']) == WORLD, f"the run is one of {len(state['processes'])} "
                 f'processes, each with sequences of its own: resume it with as many')
         for key in self.KEPT:
-            setattr(self, key, state[key])
+            setattr(self, key, type(getattr(self, key))(state[key]))
         own = state['processes'][RANK]
         self.shared.set_state(state['shared'])
         self.sequences.generator.set_state(own['generator'])

@@ -16,7 +16,6 @@ from lib.pictures import curves
 from lib.records import load_record, make_record, metric
 from lib.streaming import new_state
 
-START = '# Side by side'  # of report.md
 MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/tokens|,.0f}',
         'text': '{metrics/text}',
         'validation loss': '{metrics/loss|.4f} ± {metrics/loss/sd|.4f} || {metrics/loss|.4f}',
@@ -115,7 +114,7 @@ def write(record, folder):
     parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
     runs = rows_of([part for part in parts if 'context curve' in part['curves']])
     sections = [
-        START, f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
+        '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
         'time. Losses are in nats per token, ± the standard deviation over the seeds.',
         f"Left out: {'; '.join(record['notes']) or 'none'}.", difference_table(record),
         'Difference in loss ± its standard error over the seeds; ahead or behind: by more than '

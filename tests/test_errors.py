@@ -1,4 +1,5 @@
 """Every bad input gets one line on stderr and exit code 1, and costs nothing that was there."""
+import gzip
 import os
 import resource
 import shutil
@@ -67,7 +68,7 @@ def contents(folder):
     (dict(block_size=8000), ['too short', 'lower block_size']),
     (dict(dataset='tinny'), ["'tinny'"]),
     (dict(threads=100000), ['threads=100000 is more than this machine can use']),
-    (dict(init_from='resume'), ['no run to resume in']),
+    (dict(init_from='resume'), ['no run to resume in /', '/out: name the folder', '--out_dir']),
     (dict(init_from='nowhere.pt'), ['no checkpoint at nowhere.pt'])])
 def test_train(train, tmp_path, settings, parts):
     check(train(**settings), *parts)
@@ -86,6 +87,7 @@ def test_from_a_real_shell(tmp_path):
     (['--start=\udcff'], ['--start is not UTF-8', '--start=FILE:path']),
     (['--start=FILE:nowhere.txt'], ["cannot read the prompt 'nowhere.txt'", 'No such file']),
     (['--start=FILE:{}/out/ckpt.pt'], ['cannot read the prompt', 'it is not UTF-8']),
+    (['--start=FILE:{}/x.gz'], ['gzip has packed it: zcat', 'x.gz | python sample.py']),
     (['--start=FILE:{}/out'], ['cannot read the prompt', 'Is a directory']),
     (['--temperature=-1'], ['temperature must be at least 0']),
     (['--num_samples=0'], ['num_samples must be at least 1']),
@@ -108,6 +110,7 @@ def test_from_a_real_shell(tmp_path):
 def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     (tmp_path / 'prompt').write_text('ape')
     os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'x.gz').write_bytes(gzip.compress(b'ape'))
     before = contents(tmp_path)
     done = run('sample.py', f'--out_dir={model_dir}', f"--start=FILE:{tmp_path / 'prompt'}",
                *(arg.replace('{}', str(tmp_path)) for arg in args))
@@ -305,6 +308,18 @@ def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     done = train(init_from='resume', max_iters=20, eval_tokens=100)
     assert done.code == 0 and 'the best loss starts anew' in done.out
     assert '(the best so far)' in done.out
+
+@pytest.mark.parametrize('args', [['sample.py'], ['probe.py'], ['train.py', '--init_from=resume']])
+def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch, args):  # noqa: F811
+    real = os.stat
+
+    def stat(path, **kwargs):
+        if str(path).endswith('.pt'):
+            raise PermissionError(13, 'Permission denied', path)
+        return real(path, **kwargs)
+    monkeypatch.setattr(os, 'stat', stat)
+    check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', '(Permission denied): '
+          'get the right to, or go elsewhere')
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')
