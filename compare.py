@@ -123,6 +123,10 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
+    for settings in (c['runs'], c['common'], c['probe'], *c['runs'].values()):
+        odd = [item for item in settings.items() if not isinstance(item[0], str)
+               or not isinstance(item[1], (str, int, float, dict))]
+        require(not odd, f'{name}: {odd[:1]} is no name with a text or a number')
     require(any(c[budget] for budget in BUDGETS) and all(c[budget] >= 0 for budget in BUDGETS),
             f'{name}: one of {", ".join(BUDGETS)} must be set, to a number above 0')
     for run in c['runs']:
