@@ -13,7 +13,7 @@ import os
 import re
 from glob import glob
 
-from configurator import at_least, configure, defaults_of
+from configurator import Settings, at_least, configure, defaults_of, merge
 from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
@@ -56,9 +56,11 @@ def main(p):
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
     task = find_task(saved['task'], 'probe')
-    missing = [key for key in ('segment_size', 'seed', *defaults_of(task))
+    needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
+    missing = [key for key in needed
                if key not in saved.get('config', {}) and saved['task'] != 'text']
     require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
+    merge(saved.get('config', {}), Settings(needed))  # refuses values of other kinds
     config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}

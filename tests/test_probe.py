@@ -139,6 +139,9 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, tmp_path, 
 @pytest.mark.parametrize('change, problem', [
     (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
+    (lambda saved: saved['data'].update(dataset=3), 'prepare it again with: python prepare.py 3'),
+    (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
+    (lambda saved: saved['config'].update(stretch=[1]), 'stretch=[1]: expected an integer'),
     (lambda saved: saved.pop('data'), 'does not name its data set'),
     (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
 def test_only_what_was_trained_on_is_scored(train, run, tmp_path, data_dir, change, problem):
