@@ -20,7 +20,7 @@ from lib import device as machine
 from lib.checkpoint import find_file, load, load_model
 from lib.console import Progress, require, say
 from lib.contract import adamw, flops_per_token, make_model, unit
-from lib.files import check_place
+from lib.files import RECORD, check_place
 from lib.gradients import backpropagate
 from lib.records import ROOT, make_record, metric, place, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
@@ -223,12 +223,14 @@ def main(s):
     one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
     at_least(s, memory_limit_gb=0.0, threads=0, window_tokens=1, rounds=1, batch_size=1,
              bptt_segments=1, starts=1, steps=1)
+    require(s.vocab_size <= 2 ** 16, f'vocab_size={s.vocab_size} is more than {2 ** 16}, which no '
+            f'data set has: lower it')
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
     with torch.device('meta'):  # models without memory
         for job in product(s.sides.split(','), s.sizes.split(','), lengths):
             make_side(*job, s)
     for part in s.parts.split(','):
-        check_place(place(f'{part}{s.label}.json', s.record))
+        check_place(place(f'{part}{s.label}.json', s.record), RECORD)
     s, cores = s.replace(device=machine.pick_device(s.device)), torch.get_num_threads()
     for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':

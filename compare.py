@@ -16,15 +16,16 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from glob import glob
 from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 from configurator import at_least, configure, hint, is_helper, numbers, run_file
 from lib import report
-from lib.console import Progress, require, say
+from lib.console import Progress, count, require, say
 from lib.device import pick_device, set_threads
-from lib.files import check_place, own_folder, write_file
+from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
 
@@ -45,7 +46,9 @@ KEYS = {'seeds': [1337], 'tokens': 0, 'budgets': [], 'common': {}, 'runs': {}, '
         'prompts': [], 'new_tokens': 200}
 BUDGETS = 'flops', 'seconds'  # equal to the first run's, beside equal tokens: runs of their own
 EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what these are made of
-RESULTS = 'record.json', 'probe.json', 'samples.json'  # of a run, in its folder
+# of a run, in its folder: what of it check_kind is to find in each
+FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
+         'settings.json': b'"gradient_accumulation_steps": '}
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
@@ -91,8 +94,12 @@ class Run:
         return self.tokens if self.complete() else 0.9 * max(map(int, found), default=0)
 
     def conflict(self):
-        """What its folder holds in place of it: a run with another setting; '' if there is none."""
-        before = self.read('settings.json') if (self.folder / 'last.pt').exists() else self.settings
+        """What its folder holds in place of it: a run with another setting; '' if there is none.
+        Raises SystemExit if that is of another program."""
+        for name, mark in FILES.items():
+            check_kind(self.folder / name, mark)
+        begun = {*glob('*', root_dir=self.folder)} - {'settings.json', 'log.jsonl'}
+        before = self.read('settings.json') if begun else self.settings
         for key in sorted({**before, **self.settings}):
             then, now = before.get(key), self.settings.get(key)  # None is train.py's own
             if then != now:
@@ -118,6 +125,10 @@ def read_comparison(name):
             f'{name}: runs must name at least one run, and seeds be different numbers')
     require(c['tokens'] > 0 and {*c['budgets']} <= {*BUDGETS},
             f'{name}: tokens must be above 0, and budgets some of {BUDGETS}')
+    for settings in (c['runs'], c['common'], c['probe'], *c['runs'].values()):
+        odd = [item for item in settings.items() if not isinstance(item[0], str)
+               or not isinstance(item[1], (str, int, float, dict))]
+        require(not odd, f'{name}: {odd[:1]} is no name with a text or a number')
     for run in c['runs']:
         settings_of(c, run)
     require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
@@ -187,6 +198,7 @@ async def calibrate(s, c, folder):
     """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
     in turns, as many at a time as later; measured once and kept in the folder."""
     path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
+    check_place(path, b'"flops": ')
     try:
         costs = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there yet, or damaged
@@ -214,14 +226,18 @@ async def calibrate(s, c, folder):
                        'seconds': 1 / statistics.median(rates)}
         say(f"{name}: {costs[name]['flops']:,.0f} FLOPs and {1e6 * costs[name]['seconds']:,.0f} "
             'microseconds a token')
-    write_file(path, lambda f: f.write(json.dumps(costs).encode()))
+    if costs:
+        write_file(path, lambda f: f.write(json.dumps(costs).encode()))
     return costs
 
 async def work(s, run, slots):
     """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
-    last, probe, samples = (run.folder / 'last.pt', *map(run.results.get, RESULTS[1:]))
+    probe, samples = map(run.results.get, ('probe.json', 'samples.json'))
+    last = run.folder / 'last.pt'
     async with slots:
         try:
+            if run.error:
+                raise SystemExit(run.error)
             if not run.has('record.json'):
                 start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
                 run.write('settings.json', run.settings)
@@ -244,11 +260,11 @@ async def work_on(s, runs):
     """Work on all runs, s.jobs at a time, and show how far they are; a signal ends it."""
     slots, before = asyncio.Semaphore(s.jobs), sum(run.done() for run in runs)
     progress = Progress('comparison', sum(run.tokens for run in runs) - before)
-    jobs = {asyncio.create_task(work(s, run, slots)) for run in runs if not run.error}
+    jobs = {asyncio.create_task(work(s, run, slots)) for run in runs}
     stop = Stop()
     while jobs and not stop.wanted():
         _, jobs = await asyncio.wait(jobs, timeout=1)
-        progress.at(sum(run.done() for run in runs) - before, f'{len(jobs)} runs to go')
+        progress.at(sum(run.done() for run in runs) - before, f"{count(len(jobs), 'run')} to go")
     progress.close()
     stop.done()
     if stop.wanted():
@@ -267,9 +283,11 @@ def main(s):
     folder = s.out_dir or place(name, False)
     if not s.only_report:
         own_folder(folder)
-    for path in (os.path.join(folder, 'comparison.json'), os.path.join(folder, 'report.md'),
-                 *[place(f'{name}.json', True)] * s.record):
-        check_place(path)
+    for file, mark in (('comparison.json', RECORD), ('report.md', b'# Side by side'),
+                       ('loss.png', PICTURE), ('context.png', PICTURE)):
+        check_place(os.path.join(folder, file), mark)
+    if s.record:
+        check_place(place(f'{name}.json', True), RECORD)
     needed = c['budgets'] and not s.quick
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']

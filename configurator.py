@@ -82,9 +82,9 @@ def numbers(key, text, least=0):
     """The whole numbers in a text such as '12,48,192', each once, rising. SystemExit on others."""
     with suppress(ValueError):
         found = sorted({int(item) for item in text.split(',')})
-        if found[0] >= least:
+        if found[0] >= least and found[-1] < 2 ** 48:
             return found
-    raise SystemExit(f'error: {key} must be whole numbers from {least} on, not {text!r}')
+    raise SystemExit(f'error: {key} must be whole numbers from {least} on, not {text!r:.80}')
 
 def at_least(settings, **least):
     """Raise SystemExit if a setting is smaller than told."""

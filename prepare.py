@@ -18,6 +18,7 @@ import numpy as np
 
 from configurator import configure
 from lib.console import Progress, require, say
+from lib.files import check_kind
 
 dataset = ''        # name: shakespeare, python, or one of your choice together with --file
 file = ''           # text to read, UTF-8, packed by gzip or not; shakespeare: a local copy
@@ -89,6 +90,12 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     """
     _check_request(dataset, file, tokenizer, newlines)
     data_dir = os.path.join(HERE, data_dir)
+    folder = os.path.join(data_dir, dataset)
+    meta = os.path.join(folder, 'meta.json')
+    check_kind(meta, b'"tokenizer": ')
+    for part in ('train.bin', 'val.bin'):  # which are ours if meta.json is
+        require(os.path.exists(meta) or not os.path.exists(os.path.join(folder, part)), f'{folder} '
+                f'has a {part} without a meta.json of ours: rename it, or choose another name')
     encoder = Tokenizer({'kind': 'gpt2'}) if tokenizer == 'gpt2' else None  # before a download
     if dataset == 'shakespeare' and not file:
         file = os.path.join(data_dir, 'shakespeare.txt')
@@ -113,7 +120,6 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
             'tokenizer': encoder.spec, 'vocab_size': encoder.vocab_size, 'n_chars': len(text),
             'n_train': n_train, 'n_val': len(ids) - n_train,
             'files': {part: _sha256(content) for part, content in parts.items()}}
-    folder = os.path.join(data_dir, dataset)
     _write(folder, {**parts, 'meta.json': (json.dumps(meta, indent=1) + '\n').encode()})
     say(f'{dataset}: {n_train:,} training and {len(ids) - n_train:,} validation tokens, '
          f'vocabulary of {encoder.vocab_size:,}, written to {folder}')
@@ -193,6 +199,9 @@ def _check_request(dataset, file, tokenizer, newlines):
 
 def read_text(file):
     """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
+    piped = file.startswith(('/dev/stdin', '/dev/fd/'))  # also what a shell makes of <(command)
+    require(piped or os.path.isfile(file) or not os.path.exists(file), f'{file} is a directory, a '
+            f'pipe or a device: write the text into a file, or pipe it into --file=/dev/stdin')
     try:
         raw = Path(file).read_bytes() if file else _python_text()
         raw = gzip.decompress(raw) if raw.startswith(b'\x1f\x8b') else raw

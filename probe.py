@@ -12,13 +12,14 @@ number.
 import lib.start  # noqa: F401 (before torch)
 import os
 import re
+from glob import glob
 
-from configurator import at_least, configure, defaults_of
+from configurator import Settings, at_least, configure, defaults_of, merge
 from lib import checkpoint as ckpt
 from lib.console import require, say
 from lib.contract import count_parameters
 from lib.device import set_up
-from lib.files import check_place
+from lib.files import PICTURE, RECORD, check_place
 from lib.pictures import curves
 from lib.records import make_record, metric, place, save_record
 from tasks import find_task
@@ -56,17 +57,21 @@ def main(p):
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
-    missing = [key for key in ('segment_size', 'seed', *defaults_of(find_task(saved['task'])))
+    task = find_task(saved['task'], 'probe')
+    needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
+    missing = [key for key in needed
                if key not in saved.get('config', {}) and saved['task'] != 'text']
     require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
-    task, config, folder = find_task(saved['task']), saved.get('config', {}), os.path.dirname(path)
+    merge(saved.get('config', {}), Settings(needed))  # refuses values of other kinds
+    config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
     target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')
-    for place_of in (target, os.path.join(folder, 'probe.png')):
-        check_place(place_of)
+    check_place(target, RECORD)
+    for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
+        check_place(os.path.join(folder, picture), PICTURE)
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "
         f"task {saved['task']!r}, measured on {corpus}")
     found = task.probe(model, saved, p, device)

@@ -14,8 +14,9 @@ import torch
 
 from configurator import at_least, configure
 from lib import checkpoint as ckpt
-from lib.console import Progress, lost, require, write
+from lib.console import Progress, count, lost, require, write
 from lib.device import set_up
+from lib.files import check_place
 from lib.processes import Stop
 from lib.streaming import new_state, read_, stream
 from prepare import Tokenizer
@@ -46,7 +47,7 @@ def check(s):
     require(s.start.startswith('FILE:') or s.start == s.start.encode('utf-8', 'replace').decode(),
             '--start is not UTF-8: write it in a file, and name that as --start=FILE:path')
     if s.save_state:
-        ckpt.refuse_to_replace(s.save_state)
+        check_place(s.save_state, ckpt.STATE)
 
 def read_bytes(raw):
     """What there is to read, at most a block; nothing at the end, and once one is to stop."""
@@ -74,6 +75,8 @@ def file_blocks(name):
             yield held + decoder.decode(b'', final=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        if getattr(error, 'object', b'').startswith(b'\x1f\x8b'):
+            reason = f'gzip has packed it: zcat {name} | python sample.py --start=FILE:- ...'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
 def read_file(name):
@@ -152,7 +155,7 @@ except SystemExit as error:  # a prompt that cannot be read on: what came before
     raise SystemExit(f'{error}{kept}') from None
 if s.save_state:
     ckpt.save_state(s.save_state, state, model, generator)
-    write(sys.stderr, f'{int(state.read[0]):,} tokens condensed in {s.save_state}, '
+    write(sys.stderr, f"{count(int(state.read[0]), 'token')} condensed in {s.save_state}, "
                       f'{os.path.getsize(s.save_state):,} bytes\n')
 if sys.stdout in lost:
     sys.exit(1)

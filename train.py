@@ -25,7 +25,7 @@ from configurator import at_least, configure, merge, one_of, show
 from lib import checkpoint as ckpt
 from lib import device as machine
 from lib import processes
-from lib.console import duration, require, say
+from lib.console import count, duration, require, say
 from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
 from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
@@ -242,6 +242,7 @@ best_path, last_path, log_path = (os.path.join(out_dir, name)
 check(s)
 machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
+stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
 from_writer(lambda: open_folder(s))
 if device == 'cpu':
     s = s.replace(products=machine.choose_products(s.products))
@@ -294,22 +295,17 @@ run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=Fals
                       val={'val_loss': math.inf, 'val_error': None}, **new_interval())
 if s.init_from == 'resume':
     try:
-        kinds = [{key: type(value) for key, value in one.items()}
-                 for one in (checkpoint['run'], vars(run))]
-        if kinds[0] != kinds[1]:
-            raise TypeError('run')
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict({**checkpoint['optimizer'],  # with this call's settings
+                                   'param_groups': optimizer.state_dict()['param_groups']})
         for p, state in optimizer.state.items():
-            if any(value.shape not in (p.shape, ()) for value in state.values()):
+            if any(value.shape not in (p.shape, ()) for value in state.values()) or any(
+                    state[key].min() < 0 for key in ('step', 'exp_avg_sq')):
                 raise ValueError('optimizer')
-        for group in optimizer.param_groups:
-            decay = s.weight_decay if group['weight_decay'] else 0.0
-            group.update(weight_decay=decay, betas=(s.beta1, s.beta2))
         vars(run).update(checkpoint['run'])
         if checkpoint['config'].get('eval_tokens') != s.as_dict().get('eval_tokens'):
             run.best = math.inf
             say('resume: other eval_tokens than before: the best loss starts anew')
-        run.interval_loss = run.interval_loss.to(device)
+        run.interval_loss = run.interval_loss.to(device).reshape(())
         job.load_state(checkpoint['task_state'], device)
         for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
             set_random_state(state, device)
@@ -322,11 +318,11 @@ write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_par
           **job.data, **made_by)
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
-    f"{torch.get_num_threads()} threads, {'bfloat16' if half else 'float32'}")
+    f"{count(torch.get_num_threads(), 'thread')}, {'bfloat16' if half else 'float32'}")
 
 # --- train ----------------------------------------------------------------------------------------
 model.train()
-stop = processes.Stop()
+stop = stop or processes.Stop()
 folder = shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')
 finished = run.done >= s.max_iters
 if not run.done:

@@ -18,7 +18,7 @@ import torch
 
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import check_place, write_file
+from lib.files import PICTURE, RECORD, check_kind, is_file, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -28,6 +28,10 @@ KINDS = {'model': dict, 'model_args': dict, 'model_type': str, 'task': str, 'con
          'data': dict, 'iter_num': int}  # of what a checkpoint holds
 TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data': dict, 'task': str,
              'task_state': dict}
+RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': bool, 'val': dict,
+       'interval_loss': torch.Tensor, 'interval_steps': int, 'interval_tokens': int,
+       'interval_seconds': float}  # where training stands
+STATE = b'X\4\0\0\0read'  # a name that pickle writes near the start of a streaming state
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
 def save(path, content, kept='the checkpoint before it is kept'):
@@ -39,7 +43,7 @@ def find_file(path):
     the repository."""
     for where in (os.path.abspath(os.path.expanduser(path)), os.path.join(ROOT, path)):
         for file in (where, *(os.path.join(where, name) for name in FILES)):
-            if os.path.isfile(file):
+            if is_file(file):
                 return file
     raise SystemExit(f'error: no checkpoint at {path}; {TRAIN_FIRST}')
 
@@ -76,8 +80,9 @@ def load_to_resume(folder):
     """last.pt of a run, or ckpt.pt of one that was stopped between its first two files. Raises
     SystemExit, with the way on, if it is damaged or not from train.py."""
     best, last = (os.path.join(folder, name) for name in FILES)
-    path = last if os.path.exists(last) or not os.path.exists(best) else best
-    require(os.path.isfile(path), f'no run to resume in {folder}; {TRAIN_FIRST}')
+    path = last if is_file(last) or not is_file(best) else best
+    require(is_file(path), f'no run to resume in {folder}: name the folder of one with --out_dir, '
+            f'or begin one without --init_from=resume')
     try:
         checkpoint = load(path)
     except SystemExit as error:
@@ -86,12 +91,29 @@ def load_to_resume(folder):
                              f'from it, or start with --init_from={best}') from None
         raise
     for key, kind in TO_RESUME.items():
-        require(isinstance(checkpoint.get(key), kind) and (key != 'config' or checkpoint[key]),
+        require(isinstance(checkpoint.get(key), kind)
+                and (checkpoint[key] or key not in ('config', 'rng')),
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
                 f'--init_from={path} starts from its weights')
+    run, counted = checkpoint['run'], {**checkpoint['run'], 'best': 0, 'val': 0}
+    require({key: type(value) for key, value in run.items()} == RUN and run['best'] >= 0
+            and can_be((counted, checkpoint['optimizer']))
+            and run['done'] == checkpoint.get('iter_num'), f'{path} cannot be resumed: it is '
+            f'damaged in its run or optimizer; --init_from={path} starts from its weights')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config']}
     return checkpoint
+
+def can_be(value):
+    """Whether numbers of any depth are some that training counts and computes: finite, and below 0
+    in tensors of floats alone."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(can_be, value.values() if isinstance(value, dict) else value))
+    if torch.is_tensor(value):
+        plain = value.layout == torch.strided and not value.is_complex()
+        lowest = value if plain and not value.is_floating_point() else torch.zeros(())
+        return plain and bool(value.isfinite().all() and (lowest >= 0).all())
+    return not isinstance(value, (int, float)) or 0 <= value < 2 ** 63
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
@@ -162,33 +184,18 @@ def fingerprint(model):
 def save_state(path, state, model, generator):
     """Write a streaming state and that of its random numbers, atomically. Raises SystemExit if it
     cannot be written, or if another kind of file is there."""
-    refuse_to_replace(path)
+    check_kind(path, STATE)
     content = {'model': fingerprint(model), 'state': vars(state.clone()),  # not views of more
                'rng': generator.get_state()}
     save(path, content, 'a state that was there is kept')
-
-def refuse_to_replace(path):
-    """Raise SystemExit unless a state can be written to path, where no other kind of file is."""
-    require(os.path.isfile(path) or not os.path.exists(path), f'{path} is no file: name another')
-    try:
-        if os.path.exists(path):
-            read_state(path)
-    except SystemExit as error:
-        raise SystemExit(f'{error}; it is not replaced: name another file') from None
-    check_place(path)
-
-def read_state(path):
-    """The dictionary of a streaming state. Raises SystemExit if the file holds none."""
-    require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
-    content = read_file(path, 'state')
-    require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
-    return content
 
 def load_state(path, model, generator=None):
     """The state that save_state wrote; its random numbers go on from there in a generator of the
     same kind of device. Raises SystemExit if the file is missing or damaged, or if another model
     wrote it."""
-    content = read_state(path)
+    require(os.path.isfile(path), f'no state file at {path} (--save_state=PATH writes one)')
+    content = read_file(path, 'state')
+    require({'model', 'state', 'rng'} <= content.keys(), f'{path} is no state')
     require(content['model'] == fingerprint(model),
             f'{path} is not a state of this model: name its run with --out_dir')
     try:
@@ -216,10 +223,10 @@ def open_run(folder, keep):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
     says so; without keep a run starts anew, and the files of another go."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    own = (*FILES, 'record.json', 'loss.png', 'probe.json', 'probe.png')
-    for name in ('log.jsonl', *own):
-        require(not os.path.isdir(os.path.join(folder, name)), f'{folder} has a folder {name} in '
-                f'place of a file: rename it, or go elsewhere with --out_dir')
+    own = {**dict.fromkeys(FILES, b''), 'record.json': RECORD, 'loss.png': PICTURE,
+           'probe.json': RECORD, 'probe.png': PICTURE}
+    for name, mark in {'log.jsonl': b'', **own}.items():
+        check_kind(os.path.join(folder, name), mark)
     gone = () if keep else own
     for name in os.listdir(folder):
         if name in gone or is_temporary(name):  # left by a process that was killed

@@ -38,10 +38,15 @@ def explain(error):
     text = ' '.join(str(error).split())[:100]
     if isinstance(error, OSError):
         where = error.filename or 'a file'
-        return f'error: cannot use {where} ({error.strerror or text}): make room, or go elsewhere'
+        remedy = 'get the right to' if isinstance(error, PermissionError) else 'make room'
+        return f'error: cannot use {where} ({error.strerror or text}): {remedy}, or go elsewhere'
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and 'memory' in text:
         return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
     return f'error: {text}: take other weights' if isinstance(error, FloatingPointError) else None
+
+def count(n, thing):
+    """'1 thread', '2,000 threads'."""
+    return f'{n:,} {thing}' + 's' * (n != 1)
 
 def duration(seconds):
     """'45s', '2m 05s', '3h 10m'."""

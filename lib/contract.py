@@ -10,6 +10,7 @@ not said). `model.config` is a dataclass with block_size and vocab_size. For spe
 `new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them the open
 recurrence step is computed anew for every token.
 """
+from contextlib import suppress
 from dataclasses import fields
 
 import torch
@@ -29,14 +30,30 @@ def border(model):
     return getattr(model.config, 'border', -1)
 
 @torch.no_grad()
+def tried(model, B, targets=False):
+    """What a model returns for B rows of a recurrence step."""
+    was_training, device = model.training, next(model.parameters()).device
+    idx = torch.zeros(B, unit(model), dtype=torch.int64, device=device)
+    found = model.eval()(idx, idx if targets else None)
+    model.train(was_training)
+    return found
+
+def check_contract(model):
+    """Raises SystemExit for a model whose forward() does not return what the contract says."""
+    for B, targets in ((2, False), (3, False), (2, True)):
+        found, fine, T = tried(model, B, targets), False, unit(model) if targets else 1
+        with suppress(AttributeError, TypeError, ValueError):  # of other kinds than are expected
+            logits, loss, carry = found
+            rows = rowwise(lambda part: part.shape[0], carry)
+            fine = (logits.shape == (B, T, model.config.vocab_size) and (loss is None) != targets
+                    and {*(rows if isinstance(rows, tuple) else (rows,))} <= {B, None})
+        require(fine, f'{type(model).__name__}.forward() must return logits (B, T, V), the mean '
+                f'loss, and a carry of None or of tensors (B, ...); without targets, logits '
+                f'(B, 1, V), None, and a carry: see lib/contract.py')
+
 def blank_carry(model, B=1):
     """Zeros of the shape of the carry of B rows; None if the model has no carry."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    carry = model(torch.zeros(1, unit(model), dtype=torch.int64, device=device))[2]
-    model.train(was_training)
-    return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), carry)
+    return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), tried(model, 1)[2])
 
 def carries(model):
     """Whether a model has a carry, so that its context goes beyond what it reads at once."""

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from lib.console import require, say
+from lib.console import count, require, say
 from lib.contract import unit
 from model import Block
 
@@ -48,7 +48,7 @@ def set_threads(threads):
     Raises SystemExit beyond what the machine can use."""
     cores = usable_cores()
     require(threads <= max(64, cores), f'threads={threads} is more than this machine can use, '
-            f'which has {cores} cores: --threads=0 takes as many as are of use')
+            f'which has {count(cores, "core")}: --threads=0 takes as many as are of use')
     torch.set_num_threads(threads or min(cores, torch.get_num_threads()))
 
 def set_up(device, threads, products='auto'):

@@ -1,11 +1,16 @@
 """Files that are written whole or not at all, and folders that one process owns while it lives."""
 import os
+import stat
+from contextlib import suppress
+
+from lib.console import require
 
 try:
     import fcntl
 except ImportError:  # no such locks on this system
     fcntl = None
 
+RECORD, PICTURE = b'"what": "', b'tEXtSource'  # what these files of ours hold near their start
 locks = {}  # path of a folder: an open file in it, whose lock ends with this process
 
 def own_folder(folder):
@@ -35,11 +40,25 @@ def temporary_name(path):
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
 
-def check_place(path):
-    """Raises OSError, which is explained at the script's end, or SystemExit, if no file can be
+def is_file(path):
+    """Whether there is a file. Raises OSError where one may not look, which is no answer."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return stat.S_ISREG(os.stat(path).st_mode)
+
+def check_kind(path, mark=b''):
+    """Raise SystemExit unless path is free, or of a file of ours, with the mark near its start."""
+    found = None
+    if os.path.isfile(path):  # a pipe would wait
+        with open(path, 'rb') as f:
+            found = f.read(4096)
+    require(not os.path.exists(path) or found is not None and mark in found,
+            f'{path} is of another kind, or another program, and is not replaced: rename it, or go '
+            f'elsewhere')
+
+def check_place(path, mark=b''):
+    """As check_kind; and raise OSError, which is explained at the script's end, if no file can be
     written to path."""
-    if os.path.isdir(path):
-        raise SystemExit(f'error: {path} is a folder, in the place of a file: rename it')
+    check_kind(path, mark)
     temporary = temporary_name(path)
     open(temporary, 'wb').close()
     os.remove(temporary)

@@ -55,7 +55,7 @@ def open_text(saved, p):
     if p.file:
         ids = tokenizer.encode(read_text(p.file))
     else:
-        folder = os.path.join(ROOT, p.data_dir, saved['data']['dataset'])
+        folder = os.path.join(ROOT, p.data_dir, str(saved['data']['dataset']))
         meta = load_meta(folder)
         require((meta['sha256'], meta['tokenizer']) == (saved['data']['sha256'], tokenizer.spec),
                 f'{folder} has another text or tokenizer than the model: prepare that again')

@@ -5,6 +5,7 @@ from itertools import groupby
 import torch
 
 from configurator import at_least, numbers
+from lib.checkpoint import can_be
 from lib.console import require, say
 from lib.contract import carries, unit
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
@@ -62,10 +63,12 @@ class MemoryTask:
                 **{key: getattr(self, key) for key in self.KEPT}}
 
     def load_state(self, state, device):
+        if not can_be(state):
+            raise ValueError('task_state')
         require(len(state['processes']) == WORLD, f"the run is one of {len(state['processes'])} "
                 f'processes, each with sequences of its own: resume it with as many')
         for key in self.KEPT:
-            setattr(self, key, state[key])
+            setattr(self, key, type(getattr(self, key))(state[key]))
         own = state['processes'][RANK]
         self.shared.set_state(state['shared'])
         self.sequences.generator.set_state(own['generator'])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import model
-from lib.console import require
+from lib.console import count, require
 from lib.device import cpu_info
 from lib.files import write_file
 
@@ -37,7 +37,8 @@ def provenance(device='cpu'):
     """Where a result comes from; attention: how model.py chooses its kernel."""
     gpu, found = str(device).startswith('cuda'), re.search('model name.*: (.*)', cpu_info())
     cpu = found[1].strip() if found else platform.processor() or platform.machine()
-    hardware = torch.cuda.get_device_name() if gpu else f'{cpu}, {os.cpu_count()} cores'
+    hardware = f"{cpu}, {count(os.cpu_count() or 1, 'core')}"
+    hardware = torch.cuda.get_device_name() if gpu else hardware
     commit = git('rev-parse --short=12 HEAD') or 'unknown'
     changed = git('status --porcelain -uno -- . ":!results" ":!*.md"')
     attention = 'fused' if gpu else f'fused from {model.FUSED_FROM} keys, else two products'

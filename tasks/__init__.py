@@ -19,8 +19,12 @@ import pkgutil
 
 from lib.console import require
 
-def find_task(name):
-    """The module of a task. Raises SystemExit if there is none of that name."""
+def find_task(name, part='Task'):
+    """The module of a task. Raises SystemExit if there is none of that name, or without the part
+    that is wanted of it."""
     known = sorted(module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
     require(name in known, f'task must be one of {", ".join(map(repr, known))}, not {name!r}')
-    return importlib.import_module(f'tasks.{name}')
+    task = importlib.import_module(f'tasks.{name}')
+    require(hasattr(task, part), f'tasks/{name}.py has no {part}: write one, as tasks/__init__.py '
+            f'says')
+    return task

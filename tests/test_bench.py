@@ -73,6 +73,8 @@ def test_ctrl_c_leaves_no_process(tmp_path):
 @pytest.mark.parametrize('flag, why', [
     ('parts=speeds', 'of generation, speed'), ('steps=0', 'steps must be at least 1'),
     ('batch_size=0', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
+    ('vocab_size=65537', 'vocab_size=65537'),
+    ('vocab_size=0', 'vocab_size'), ('contexts=9' + 99 * '9', 'contexts'),
     ('sizes=2+2', '2+2x128x4'), ('sides=fold slow', "'truncated' or"), ('contexts=0', 'contexts'),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])
 def test_bad_settings_are_refused_in_a_line(run, flag, why):

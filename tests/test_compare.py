@@ -139,6 +139,9 @@ def test_results_are_written_if_asked(again, tmp_path):
     ('384, []', "'all', []", "tokens must be of type int, not 'all'"),
     ('384, []', '0, []', 'tokens must be above 0'),
     ('384, []', "384, ['flop']", "budgets some of ('flops', 'seconds')"),
+    ("'fold': {}", "'fold': {}, 3: {}", '[(3, {})] is no name with a text or a number'),
+    ("'fold': {}", "'fold': {'n_embd': None}", "[('n_embd', None)] is no name with"),
+    ("'targets': 4", "4: 4", '[(4, 4)] is no name with'),
     ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
     ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):

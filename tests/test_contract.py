@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small import SOME_KEYS, TOYS, all_logits, assert_equal, gradients, make, tokens
+from small import SOME_KEYS, TOYS, Recurrent, all_logits, assert_equal, gradients, make, tokens
 from torch.nn import functional as F
 
 import compare
@@ -87,6 +87,26 @@ def test_a_model_that_sees_the_future_is_not_trained(train, tmp_path, monkeypatc
     monkeypatch.setattr('model.band', lambda n, S, *_: torch.zeros(n, S))
     done = train(max_iters=1)
     assert done.code == 1 and 'sees what is still to come' in done.err
+    assert not (tmp_path / 'out' / 'last.pt').exists()
+
+@pytest.mark.parametrize('change', [
+    lambda logits, loss, carry: (logits, loss), lambda *found: found[0], lambda *found: None,
+    lambda logits, loss, carry: (logits[:, 0], loss, carry),
+    lambda logits, loss, carry: (logits[..., 1:], loss, carry),
+    lambda logits, loss, carry: (logits, 0.0, carry),
+    lambda logits, loss, carry: (logits, None, carry),
+    lambda logits, loss, carry: (logits, loss, carry[0].T),
+    lambda logits, loss, carry: (logits, loss, (carry[0], carry[1][None])),
+    lambda logits, loss, carry: (logits, loss, (carry,)),
+    lambda logits, loss, carry: (logits, loss, {'carry': carry})])
+def test_a_model_that_breaks_the_contract_is_told_in_a_line(toys, train, tmp_path, monkeypatch,
+                                                             change):
+    forward = Recurrent.forward
+    monkeypatch.setattr(Recurrent, 'forward', lambda *args, **kwargs: change(
+        *forward(*args, **kwargs)))
+    done = train('recurrent', **SMALL)
+    assert done.code == 1 and done.err.count('\n') == 1 and 'lib/contract.py' in done.err
+    assert 'Recurrent.forward() must return logits (B, T, V), the mean loss' in done.err
     assert not (tmp_path / 'out' / 'last.pt').exists()
 
 @pytest.mark.parametrize('kind', TOYS)

@@ -1,4 +1,5 @@
 """Every bad input gets one line on stderr and exit code 1, and costs nothing that was there."""
+import gzip
 import os
 import resource
 import shutil
@@ -67,7 +68,7 @@ def contents(folder):
     (dict(block_size=8000), ['too short', 'lower block_size']),
     (dict(dataset='tinny'), ["'tinny'"]),
     (dict(threads=100000), ['threads=100000 is more than this machine can use']),
-    (dict(init_from='resume'), ['no run to resume in']),
+    (dict(init_from='resume'), ['no run to resume in /', '/out: name the folder', '--out_dir']),
     (dict(init_from='nowhere.pt'), ['no checkpoint at nowhere.pt'])])
 def test_train(train, tmp_path, settings, parts):
     check(train(**settings), *parts)
@@ -86,6 +87,7 @@ def test_from_a_real_shell(tmp_path):
     (['--start=\udcff'], ['--start is not UTF-8', '--start=FILE:path']),
     (['--start=FILE:nowhere.txt'], ["cannot read the prompt 'nowhere.txt'", 'No such file']),
     (['--start=FILE:{}/out/ckpt.pt'], ['cannot read the prompt', 'it is not UTF-8']),
+    (['--start=FILE:{}/x.gz'], ['gzip has packed it: zcat', 'x.gz | python sample.py']),
     (['--start=FILE:{}/out'], ['cannot read the prompt', 'Is a directory']),
     (['--temperature=-1'], ['temperature must be at least 0']),
     (['--num_samples=0'], ['num_samples must be at least 1']),
@@ -101,13 +103,14 @@ def test_from_a_real_shell(tmp_path):
     (['--save_state={}/x', '--num_samples=2'], ['num_samples']),
     (['--save_state={}/nowhere/x'], ['cannot use', 'nowhere/.x', 'No such file']),
     (['--save_state={}/' + 'x' * 300], ['cannot use', 'File name too long']),
-    (['--save_state={}/out/ckpt.pt'], ['ckpt.pt is no state; it is not replaced']),
-    (['--save_state={}/prompt'], ['it is no file of torch', 'it is not replaced']),
-    (['--save_state={}/out'], ['is no file: name another']),
-    (['--save_state={}/pipe'], ['is no file: name another'])])
+    (['--save_state={}/out/ckpt.pt'], ['ckpt.pt is of another kind, or']),
+    (['--save_state={}/prompt'], ['prompt is of another kind, or']),
+    (['--save_state={}/out'], ['is of another kind, or']),
+    (['--save_state={}/pipe'], ['is of another kind, or'])])
 def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     (tmp_path / 'prompt').write_text('ape')
     os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'x.gz').write_bytes(gzip.compress(b'ape'))
     before = contents(tmp_path)
     done = run('sample.py', f'--out_dir={model_dir}', f"--start=FILE:{tmp_path / 'prompt'}",
                *(arg.replace('{}', str(tmp_path)) for arg in args))
@@ -161,7 +164,8 @@ def state_with(**entries):
 
 @pytest.mark.parametrize('model_type, spoiled', [
     ('fold', dict(model='another', part='is not a state of this model')),
-    ('fold', dict(state=None)), ('fold', dict(state=[])), ('fold', dict(rng=None)),
+    ('fold', dict(state=None, part='is of another kind')), ('fold', dict(rng=None)),
+    ('fold', dict(state=[], part='is of another kind')),
     ('fold', dict(rng=torch.zeros(5056, dtype=torch.uint8))), ('fold', dict(rng=torch.zeros(9))),
     ('fold', state_with(read=torch.tensor([-1]))), ('fold', state_with(read=None)),
     ('fold', state_with(carry=None)), ('fold', state_with(carry=torch.zeros(1, 4, 8))),
@@ -218,12 +222,34 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: 
     after = contents(tmp_path)
     assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
 
-@pytest.mark.parametrize('entry', [dict(tokens=[1, 2]), dict(done='x'), dict(val=[1, 2]),
-                                   dict(best=None), dict(interval_loss=0.0)])
-def test_where_training_stands_is_of_the_right_kinds(train, tmp_path, entry):
-    assert train(max_iters=1).code == 0
-    change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, **entry})
-    check(train(init_from='resume'), 'cannot be resumed: it is damaged', "TypeError('run')")
+NAN = float('nan')
+
+@pytest.mark.parametrize('part, key, value', [
+    *[('run', key, value) for key, value in (
+        ('tokens', [1, 2]), ('done', 'x'), ('val', [1, 2]), ('best', None), ('done', -5),
+        ('done', 2 ** 63), ('tokens', -1), ('seconds', float('inf')), ('seconds', NAN),
+        ('interval_loss', 0.0), ('seconds', -1.0), ('best', NAN), ('best', -1.0),
+        ('interval_steps', -1), ('interval_loss', torch.tensor(NAN)),
+        ('interval_loss', torch.ones(2)), ('more', 1))],
+    ('iter_num', None, 7), ('rng', None, []), ('rng', None, [1]),
+    *[('optimizer', 'state', {0: {'step': torch.tensor(step), 'exp_avg_sq': torch.tensor(value)}})
+      for step, value in ((-1.0, 1.0), (1.0, NAN), (1.0, -1.0))],
+    ('optimizer', 'state', {99: {}}), ('optimizer', 'state', [1]),
+    ('task_state', 'at', torch.tensor([-9, 0, 0, 0])),
+    ('task_state', 'at', torch.zeros(4).cfloat()),
+    ('task_state', 'carries', [torch.full((4, 4, 16), NAN)]), ('task_state', 'carries', [3]),
+    ('task_state', 'generator', torch.zeros(3))])
+def test_where_training_stands_is_what_a_run_saves(train, tmp_path, tmp_path_factory, part, key,
+                                                   value):
+    kept = tmp_path_factory.getbasetemp() / 'streamed'
+    assert kept.exists() or train(max_iters=1, stream=True, out_dir=kept).code == 0
+    shutil.copytree(kept, tmp_path / 'out')
+    before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    change(tmp_path / 'out' / 'last.pt',
+           **{part: (lambda old: {**old, key: value}) if key else value})
+    done = train(init_from='resume', stream=True, max_iters=2)
+    check(done, 'last.pt cannot be resumed', '--init_from=')
+    assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before and 'iter ' not in done.out
 
 def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
     """Where a config file of another model or task is given, or another vocabulary of its size."""
@@ -238,9 +264,43 @@ def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
 def test_a_folder_in_place_of_a_file_is_found_before_the_work(run, train, model_dir,  # noqa: F811
                                                               tmp_path):
     (tmp_path / 'new' / 'loss.png').mkdir(parents=True)
-    check(train(out_dir=tmp_path / 'new', overwrite=True), 'has a folder loss.png in place of')
+    check(train(out_dir=tmp_path / 'new', overwrite=True), 'new/loss.png is of another kind')
     (model_dir / 'probe.json').mkdir()
     check(run('probe.py', f'--out_dir={model_dir}', '--device=cpu'), 'probe.json')
+
+BENCH = '--sizes=1+1x16x2', '--window=24', '--block_sizes=24'
+COMPARISON = """tokens, seeds, prompts = 24, [1], ['a']
+common = dict(block_size=24, batch_size=1, dataset='tiny')
+runs, probe = {'a': {}}, {'targets': 4}
+"""
+
+@pytest.mark.parametrize('script, name', [
+    *[('probe.py', f'out/probe{end}') for end in ('.json', '.png', '_context_curve.png')],
+    ('train.py', 'out/record.json'), ('train.py', 'out/loss.png'), ('train.py', 'out/probe.json'),
+    ('bench.py', 'out/generation.json'), ('bench.py', 'out/speed.json'),
+    *[('compare.py', f'out/{name}') for name in (
+        'comparison.json', 'report.md', 'loss.png', 'context.png', 'a_1/settings.json',
+        'a_1/record.json', 'a_1/probe.json', 'a_1/samples.json', 'a_1/ckpt.pt', 'a_1/notes')]])
+def test_what_another_program_made_is_not_replaced(
+        run, model_dir, tmp_path, monkeypatch, script, name):  # noqa: F811
+    monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
+    (tmp_path / 'comparison.py').write_text(COMPARISON)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for content in (b'{"some": "thing"}', b'\x89PNG\r\n\x1a\n', b'# Side', b''):
+        (tmp_path / name).write_bytes(content)
+        before = contents(tmp_path)
+        done = run(script, *{
+            'probe.py': [f'--out_dir={model_dir}'],
+            'bench.py': ['--parts=generation,speed', *BENCH],
+            'train.py': [f'--out_dir={model_dir}', '--init_from=resume'],
+            'compare.py': [tmp_path / 'comparison.py', f"--out_dir={tmp_path / 'out'}"]}[script])
+        error, whole = done.err.splitlines()[-1], done.out + done.err
+        assert done.code == 1 and error.startswith('error: '), whole
+        if name.endswith(('ckpt.pt', 'notes')):
+            assert 'a_1 holds a run with another batch_size' in whole and ': delete it' in whole
+        else:
+            assert f'{name} is of another kind, or another program, and is not' in error, whole
+        assert contents(tmp_path) == before
 
 def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     train(max_iters=10)
@@ -248,6 +308,18 @@ def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     done = train(init_from='resume', max_iters=20, eval_tokens=100)
     assert done.code == 0 and 'the best loss starts anew' in done.out
     assert '(the best so far)' in done.out
+
+@pytest.mark.parametrize('args', [['sample.py'], ['probe.py'], ['train.py', '--init_from=resume']])
+def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch, args):  # noqa: F811
+    real = os.stat
+
+    def stat(path, **kwargs):
+        if str(path).endswith('.pt'):
+            raise PermissionError(13, 'Permission denied', path)
+        return real(path, **kwargs)
+    monkeypatch.setattr(os, 'stat', stat)
+    check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', '(Permission denied): '
+          'get the right to, or go elsewhere')
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')

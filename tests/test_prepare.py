@@ -103,6 +103,7 @@ def test_bad_texts(text, words):
       for name in ('', '../x', '.x', '-x', 'a b', 'x\n', 'a/b')],
     ({'file': ''}, "python prepare.py mine --file=PATH"), ({'file': 'a\0b'}, 'null byte'),
     ({'dataset': 'python'}, "'python' takes no --file|another name"), ({'file': '.'}, 'directory'),
+    ({'file': '/dev/null'}, '/dev/null is|a device|--file=/dev/stdin'),
     ({'tokenizer': 'chr'}, "char or gpt2, not 'chr'"), ({'newlines': 'dos'}, 'keep or unix'),
     ({'file': 'none.txt'}, "'none.txt'|No such file|--file=PATH"),
     ({'dataset': 'n' * 300}, 'cannot write|name too long|--data_dir'),
@@ -110,6 +111,15 @@ def test_bad_texts(text, words):
     ({'dataset': 'shakespeare'}, 'my.txt is not tiny Shakespeare|SHA-256|another name')])
 def test_bad_requests(settings, words):
     check_error(words, make, **settings)
+
+def test_a_pipe_is_read_only_where_a_program_writes_into_it():
+    os.mkfifo('pipe')
+    check_error('pipe is a directory, a pipe or|--file=/dev/stdin', make, file='pipe')
+    read, write = os.pipe()
+    os.write(write, TEXT.encode())
+    os.close(write)
+    assert load_meta(make(file=f'/dev/fd/{read}'))['n_chars'] == len(TEXT)
+    os.close(read)
 
 def test_older_data_set_is_replaced_and_nothing_else():
     for folder in ('elsewhere', 'data/mine'):
@@ -122,6 +132,16 @@ def test_older_data_set_is_replaced_and_nothing_else():
     assert Path('data/mine/thesis.txt').read_text() == 'precious'
     assert os.path.islink('data/linked') and sorted(os.listdir('elsewhere')) == PARTS
     assert sorted(os.listdir('data/mine')) == [*PARTS[:1], 'thesis.txt', *PARTS[1:]]
+
+@pytest.mark.parametrize('name, words', [
+    ('train.bin', 'data/mine has a train.bin without a meta.json of ours'),
+    ('val.bin', 'has a val.bin'), ('meta.json', 'mine/meta.json is of another kind')])
+def test_the_files_of_another_program_are_not_replaced(name, words):
+    os.makedirs('data/mine')
+    Path('data/mine', name).write_text('{"vocab": 3}')
+    check_error(words, make, file='none.txt')  # before it is read
+    assert os.listdir('data/mine') == [name]
+    assert Path('data/mine', name).read_text() == '{"vocab": 3}'
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left')])
 @pytest.mark.parametrize('owner, name, last', [

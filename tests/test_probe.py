@@ -127,9 +127,21 @@ def test_the_script(train, run, tmp_path, data_dir):
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
 
+def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, tmp_path, monkeypatch):
+    train(max_iters=1)
+    for part in ('probe', 'Task'):
+        monkeypatch.delattr(f'tasks.text.{part}')
+    for done, part in ((run('probe.py', f"--out_dir={tmp_path / 'out'}"), 'probe'),
+                       (train(out_dir=tmp_path / 'new'), 'Task')):
+        assert done.code == 1 and done.err.count('\n') == 1, done.err
+        assert f'tasks/text.py has no {part}: write one, as tasks/__init__.py says' in done.err
+
 @pytest.mark.parametrize('change, problem', [
     (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
+    (lambda saved: saved['data'].update(dataset=3), 'prepare it again with: python prepare.py 3'),
+    (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
+    (lambda saved: saved['config'].update(stretch=[1]), 'stretch=[1]: expected an integer'),
     (lambda saved: saved.pop('data'), 'does not name its data set'),
     (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
 def test_only_what_was_trained_on_is_scored(train, run, tmp_path, data_dir, change, problem):

@@ -72,11 +72,17 @@ def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, 
     finish(start(flags(parts, data_dir, init_from='resume', **settings)))
     assert_same_runs(whole, parts)
 
+def test_nobody_reads_from_the_start_on(data_dir, tmp_path):
+    first, second = start(flags(tmp_path / 'out', data_dir, max_iters=3000, threads=1))
+    first.stdout = first.stdout.close()
+    assert finish([first, second]) == ['', '']
+    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == 1
+
 def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
     """Where the log is to be, something else is: one line, nothing from the other."""
     (tmp_path / 'out' / 'log.jsonl' / 'x').mkdir(parents=True)
     errors = finish(start(flags(tmp_path / 'out', data_dir, overwrite=True)), code=1)
-    assert 'has a folder log.jsonl in place of a file' in errors[0] and errors[0].count('\n') == 1
+    assert 'log.jsonl is of another kind' in errors[0] and errors[0].count('\n') == 1
     assert errors[1] == ''
 
 @pytest.mark.parametrize('environment, words', [
