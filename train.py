@@ -26,7 +26,15 @@ from lib import checkpoint as ckpt
 from lib import device as machine
 from lib import processes
 from lib.console import count, duration, require, say
-from lib.contract import adamw, carries, count_parameters, find_model, flops_per_token, make_model
+from lib.contract import (
+    adamw,
+    carries,
+    check_contract,
+    count_parameters,
+    find_model,
+    flops_per_token,
+    make_model,
+)
 from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
 from lib.pictures import curves
@@ -277,6 +285,7 @@ else:
     require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
                              f"it with the checkpoint's tokenizer")
 model.to(device)
+check_contract(model)
 check_reading(model)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
