@@ -1,5 +1,5 @@
 """
-Side by side: train models on the same text, probe and sample each, report which is ahead.
+Side by side: train models on the same task, probe and sample each, report which is ahead.
 
     python compare.py config/compare_shakespeare.py               # 90 minutes on two CPU cores
     python compare.py config/compare_shakespeare.py --quick=True  # a few updates a run, to try it
@@ -21,13 +21,14 @@ from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
 
-from configurator import at_least, configure, hint, is_helper, numbers, run_file
+from configurator import at_least, configure, defaults_of, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, count, require, say
 from lib.device import pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
+from tasks import find_task
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
 out_dir = ''         # folder of the runs and the report; '' is out/NAME of the comparison file
@@ -42,17 +43,18 @@ data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 
 # of a comparison file, with what they are if it does not say; runs without probe are not probed
-KEYS = {'seeds': [1337], 'tokens': 0, 'budgets': [], 'common': {}, 'runs': {}, 'probe': {},
-        'prompts': [], 'new_tokens': 200}
+KEYS = {'seeds': [1337], 'tokens': 0, 'updates': 0, 'budgets': [], 'common': {}, 'runs': {},
+        'probe': {}, 'prompts': [], 'new_tokens': 200}
 BUDGETS = 'flops', 'seconds'  # equal to the first run's, beside equal tokens: runs of their own
 EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what these are made of
 # of a run, in its folder: what of it check_kind is to find in each
 FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
          'settings.json': b'"gradient_accumulation_steps": '}
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
-QUICK = {'eval_tokens': 3000, 'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
+QUICK = {'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
-QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20}
+QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20,
+               'distances': '12,48', 'sequences': 8, 'most': 2}
 
 @dataclass
 class Run:
@@ -88,10 +90,11 @@ class Run:
         return not self.error and all(self.has(name) for name in self.results)
 
     def done(self):
-        """Tokens that it has been trained on, as its log says; a tenth less until it is probed."""
+        """Tokens that it has been trained on, by its log's updates; a tenth less until probed."""
         log = self.folder / 'log.jsonl'
-        found = re.findall(r'"tokens": (\d+)', log.read_text() if log.exists() else '')
-        return self.tokens if self.complete() else 0.9 * max(map(int, found), default=0)
+        found = re.findall(r'"iter": (\d+)', log.read_text() if log.exists() else '')
+        share = 0.9 * max(map(int, found), default=0) / self.settings['max_iters']
+        return self.tokens * (1 if self.complete() else share)
 
     def conflict(self):
         """What its folder holds in place of it: a run with another setting; '' if there is none.
@@ -123,8 +126,8 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
-    require(c['tokens'] > 0 and {*c['budgets']} <= {*BUDGETS},
-            f'{name}: tokens must be above 0, and budgets some of {BUDGETS}')
+    require((c['tokens'] > 0) != (c['updates'] > 0) and {*c['budgets']} <= {*BUDGETS},
+            f'{name}: tokens or updates must be above 0, and budgets some of {BUDGETS}')
     for settings in (c['runs'], c['common'], c['probe'], *c['runs'].values()):
         odd = [item for item in settings.items() if not isinstance(item[0], str)
                or not isinstance(item[1], (str, int, float, dict))]
@@ -141,7 +144,8 @@ def settings_of(c, name):
     settings = {'gradient_accumulation_steps': 1, **c['common'], **c['runs'][name]}
     sizes = [settings.get(key) for key in UPDATE]
     update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
-    require(settings.get('task', 'text') == 'text', f'run {name!r}: only runs on text are compared')
+    require(settings.get('task', 'text') == 'text' or not c['tokens'] and not c['budgets'],
+            f'run {name!r}: tasks but text take `updates` in place of `tokens` and `budgets`')
     require(update and c['tokens'] % update == 0,
             f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
             f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
@@ -151,30 +155,32 @@ def folder_of(folder, *names):
     return Path(folder, '_'.join(re.sub(r'\W+', '_', str(name)).strip('_') for name in names))
 
 def plan(c, folder, costs, quick=False):
-    """All runs: as many updates as pass `tokens`, or cost what the first run's do. costs: {name:
-    {budget: of a token}}."""
-    found, first = [], next(iter(c['runs']))
+    """All runs: of `updates`, or as many as pass `tokens`, or cost what the first run's do. costs:
+    {name: {budget: of a token}}."""
+    found, first, base = [], next(iter(c['runs'])), 'tokens' if c['tokens'] else 'updates'
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
     probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
-    for budget, seed, name in product(['tokens', *c['budgets']], c['seeds'], c['runs']):
-        if name == first and budget != 'tokens':
+    for budget, seed, name in product([base, *c['budgets']], c['seeds'], c['runs']):
+        if name == first and budget != base:
             continue  # its run at equal tokens is the measure of each
         settings, update = settings_of(c, name)
         ours, its = (costs.get(run, {}).get(budget) for run in (first, name))
         share = ours / its if ours and its else 1
-        iters = 4 if quick else max(1, round(c['tokens'] * share / update))
+        iters = c['updates'] or max(1, round(c['tokens'] * share / update))
+        iters = 4 if quick else iters
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
-                        checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}))
-        results, full = {'record.json': {}}, budget == 'tokens'
+                        checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}),
+                        **({'eval_tokens': 3000} if quick and c['tokens'] else {}))
+        results, full = {'record.json': {}}, budget == base
         if full and c['probe']:
             results['probe.json'] = probe
         if full and c['prompts'] and seed == c['seeds'][0]:
             results['samples.json'] = samples
-        names = (name, seed) if budget == 'tokens' else (name, budget, seed)
-        equal = ', '.join(['tokens', *c['budgets']]) if name == first else budget
+        names = (name, seed) if budget == base else (name, budget, seed)
+        equal = ', '.join([base, *c['budgets']]) if name == first else budget
         found.append(Run(name, equal, seed, settings, iters * update, folder_of(folder, *names),
                          results))
-        if not (quick or budget == 'tokens' or ours and its):
+        if not (quick or budget == base or ours and its):
             found[-1].error = 'what its tokens cost is not known: its short runs failed'
     return found
 
@@ -241,8 +247,10 @@ async def work(s, run, slots):
             if not run.has('record.json'):
                 start = {'init_from': 'resume'} if last.exists() else {'overwrite': True}
                 run.write('settings.json', run.settings)
-                await call(s, 'train.py', **run.settings, **start, out_dir=run.folder,
-                           data_dir=s.data_dir)
+                task = find_task(run.settings.get('task', 'text'))
+                if 'data_dir' in defaults_of(task):
+                    start['data_dir'] = s.data_dir
+                await call(s, 'train.py', **run.settings, **start, out_dir=run.folder)
             require(run.has('record.json'), 'train.py was stopped before its end')
             if probe and not run.has('probe.json'):
                 await call(s, 'probe.py', **probe, out_dir=last, data_dir=s.data_dir)
@@ -284,7 +292,7 @@ def main(s):
     if not s.only_report:
         own_folder(folder)
     for file, mark in (('comparison.json', RECORD), ('report.md', b'# Side by side'),
-                       ('loss.png', PICTURE), ('context.png', PICTURE)):
+                       ('loss.png', PICTURE), ('context.png', PICTURE), ('recall.png', PICTURE)):
         check_place(os.path.join(folder, file), mark)
     if s.record:
         check_place(place(f'{name}.json', True), RECORD)

@@ -52,7 +52,8 @@ def part(run):
             f'{run.folder}{os.sep}record.json has no loss: delete it')
     saved = load(run.folder / 'last.pt')
     state = new_state(load_model(saved))
-    text = f"{saved['data']['dataset']} {saved['data']['sha256'][:12]}"
+    data = saved['data'] or {'dataset': saved['task'], 'sha256': ''}
+    text = f"{data['dataset']} {data['sha256'][:12]}".strip()
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
                         'state_bytes': metric(state.nbytes)},
@@ -113,10 +114,12 @@ def difference_table(record):
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
     parts, source = record['parts'], '`{command}`, commit {commit}, {date}, {hardware}'
-    runs = rows_of([part for part in parts if 'context curve' in part['curves']])
+    runs, asked = (rows_of([part for part in parts if name in part['curves']])
+                   for name in ('context curve', 'recall'))
     sections = [
         '# Side by side', f"{source.format(**record)}; {record['settings']['jobs']} runs at a "
-        'time. Losses are in nats per token, ± the standard deviation over the seeds.',
+        'time. Losses: nats per token, or shares of wrong answers, ± the standard deviation over '
+        'the seeds.',
         f"Left out: {'; '.join(record['notes']) or 'none'}.", difference_table(record),
         'Difference in loss ± its standard error over the seeds; ahead or behind: by more than '
         'three of these. Folds and sliding windows are scored as streams, other windows with a '
@@ -135,15 +138,19 @@ def write(record, folder):
             '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, '
             'by the least number of tokens between, with 95 % intervals:',
             table(runs, columns_of('remote co-occurrence', runs, INTERVAL))]
+    if asked:
+        sections += ['## Right answers', table(asked, columns_of('recall', asked, '{@|.3f}')),
+                     '![](recall.png)']
     for i, prompt in enumerate(record['settings']['prompts']):
         sections.append(f'## After {prompt.strip()}')
         sections += [f"{label}:\n\n{indent(run['notes'][i].rstrip(), ' ' * 4)}"
                      for label, run in rows_of(parts).items() if run['notes']]
     text = '\n\n'.join(sections) + '\n'
     write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode(errors='replace')))
-    for file, name in (('loss', 'validation loss'), ('context', 'context curve')):
+    for file, name in (('loss', 'validation loss'), ('context', 'context curve'),
+                       ('recall', 'recall')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
         shown = {label: model['curves'][name] for label, model in rows_of(parts, '{name}').items()
                  if name in model['curves']}
         if shown:
-            curves(os.path.join(folder, f'{file}.png'), title, shown, log=file == 'context')
+            curves(os.path.join(folder, f'{file}.png'), title, shown, log=file != 'loss')
