@@ -42,8 +42,8 @@ class GPTConfig:
     n_embd: int = 768       # channels
     dropout: float = 0.0    # share of activations dropped in training
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
-    position: str = 'learned'  # 'learned', an embedding of each place; 'rotary': queries, keys;
-                               # or 'none'
+    position: str = 'learned'  # 'learned', an embedding of each place; 'rotary', queries and keys
+                               # turned by it; or 'none'
     rotary_base: float = 10000.0  # of rotary positions: the larger, the slower the slowest turn
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
     border: int = -1        # token at which a document begins, to all that read (lib/); -1: none

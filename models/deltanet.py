@@ -45,7 +45,7 @@ class GatedDeltaRule(CausalSelfAttention):
                                           unitriangular=True)  # (B, H, n, D)
         y = decay.exp() * q @ S + (between * (q @ k.mT)) @ u
         S = decay[:, :, -1:].exp() * S + (between[:, :, -1:].mT * k).mT @ u
-        y = self.norm(y).transpose(1, 2).reshape(x.shape) * F.silu(self.gate(x))
+        y = self.norm(y.to(x.dtype)).transpose(1, 2).reshape(x.shape) * F.silu(self.gate(x))
         return self.c_proj(y), (S, inputs[:, -3:])
 
 class DeltaNet(Peer):

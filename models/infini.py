@@ -43,7 +43,7 @@ class InfiniAttention(CausalSelfAttention):
         local = self.attend(self.turn(q, 0), self.turn(k, 0), v)  # eq. 2
         q, k, gate = F.elu(q) + 1, F.elu(k) + 1, self.beta.sigmoid()[:, None, None]
         if memory is None:
-            memory = F.pad(torch.zeros_like(k.mT @ v), (0, 1))
+            memory = x.new_zeros(len(x), self.n_head, self.head_size, self.head_size + 1)
         y = gate * read(memory, q) + (1 - gate) * local  # eq. 6
         if self.update == 'delta':
             v = v - read(memory, k)  # eq. 5

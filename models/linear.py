@@ -22,7 +22,7 @@ class LinearAttention(CausalSelfAttention):
         q, k, v = self.heads(self.c_attn(x)).unbind(1)  # (B, H, n, D)
         q, k = F.elu(q) + 1, F.elu(k) + 1
         v = F.pad(v, (0, 1), value=1.0)  # (B, H, n, D + 1): the column of ones adds up to Z
-        y, new = (q @ k.mT).tril() @ v, k.mT @ v
+        y, new = (q @ k.mT).tril() @ v, (k.mT @ v).to(x.dtype)  # a sum, not of bfloat16
         if memory is not None:
             y, new = y + q @ memory, new + memory
         y = y[..., :-1] / y[..., -1:]  # (B, H, n, D)

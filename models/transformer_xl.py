@@ -1,14 +1,14 @@
 """Transformer-XL (Dai et al. 2019, arXiv 1901.02860): a memory of one segment a layer.
 
-Layer n reads the segment s before this one as it came out of layer n-1; section 3.2
-has, as (a) to (c) here, SG being the stop of the gradient:
+Layer n also reads the segment before as that came out of layer n-1. Section 3.2 has, as (a) to (c)
+here, SG being the stop of the gradient:
     h~_s^{n-1} = [SG(h_{s-1}^{n-1}) ; h_s^{n-1}]                               (a)
     q, k, v = W_q h_s^{n-1}, W_k h~_s^{n-1}, W_v h~_s^{n-1}                    (b)
     h_s^n = TransformerLayer(q, k, v)                                          (c)
-Differs: rotary (or learned) positions in the window of two segments in place of relative ones with
-a bias (section 3.3); GPT-2's block, whose norm comes first.
-State: n_layer * segment_size * n_embd numbers, at four layers of 128 and a segment of 12 24,576
-bytes. Parameters: a GPT's, 795,904 of four layers of 128 and 65 tokens.
+Differs: rotary positions in the window of two segments, or learned ones in the segment, in place
+of relative ones with biases (section 3.3); GPT-2's block, whose norm comes first; stop=False.
+State: n_layer * segment_size * n_embd numbers, of 4 * 12 * 128 24,576 bytes. Parameters: a GPT's,
+795,904 of four layers of 128 and 65 tokens.
 """
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from small import HEADS, SEGMENT, C, V, all_logits, assert_equal, gradients, mak
 
 from lib.contract import adamw, blank_carry, count_parameters, make_model, unit
 from lib.gradients import backpropagate
-from lib.rows import rowwise
+from lib.rows import Rows, rowwise
 from lib.streaming import empty_state, new_state, read_
 from models import MODELS
 
@@ -24,10 +24,10 @@ CASES = {
     'feedback, none': dict(memory=1, position='none'), 'lstm': {}}
 EVERY = pytest.mark.parametrize('case', CASES)
 
-def make_case(case, at_once=4):
-    """A small model in float64, of calls of at most `at_once` tokens where their number is free."""
+def make_case(case):
+    """A small model in float64, of steps of four tokens where their number is free."""
     model = make(case.split(',')[0], **CASES[case])
-    model.at_once = getattr(model, 'at_once', 0) and at_once
+    model.at_once = getattr(model, 'at_once', 0) and 4
     return model
 
 def sigmoid(x):
@@ -264,9 +264,8 @@ def test_gradient_reaches_as_far_as_the_paper_says_and_no_further(case):
 @EVERY
 def test_segments_computed_anew_give_the_same_gradient(case):
     model, x, y = make_case(case), tokens(2, 5 * l), tokens(2, 5 * l)
-    found = [(backpropagate(model, x, y, recompute=anew), gradients(model))
-             for anew in (False, True)]
-    assert_equal(*found)
+    assert_equal(*((backpropagate(model, x, y, recompute=anew), gradients(model))
+                   for anew in (False, True)))
 
 @EVERY
 def test_rows_never_influence_each_other(case):
@@ -280,15 +279,13 @@ def test_rows_never_influence_each_other(case):
 @pytest.mark.parametrize('kind, keys, nbytes', [
     ('gpt', dict(window=12), 49_152), ('transformer_xl', {}, 24_576), ('rmt', {}, 2_048),
     ('rmt', dict(memory=12), 6_144), ('infini', dict(update='delta'), 67_584),
-    ('linear', {}, 67_584), ('deltanet', {}, 65_536 + 18_432), ('feedback', {}, 6_144),
+    ('linear', {}, 67_584), ('deltanet', {}, 83_968), ('feedback', {}, 6_144),
     ('lstm', {}, 3_680)])
-def test_all_have_as_many_parameters_and_the_state_that_they_say(kind, keys, nbytes):
-    """Groups of the optimizer too: what has one dimension does not decay."""
+def test_parameters_state_and_what_decays(kind, keys, nbytes):
     model = make_model(kind, dict(block_size=96, vocab_size=65, n_embd=128, n_layer=4, n_head=4,
-                                  bias=False, **keys))
-    sizes = []
-    rowwise(lambda c: sizes.append(c.nbytes), blank_carry(model))
-    assert count_parameters(model) == pytest.approx(800_000, rel=0.01) and sum(sizes) == nbytes
+                                  bias=False, position='learned', **keys))
+    assert count_parameters(model) == pytest.approx(800_000, rel=0.01)
+    assert Rows(carry=blank_carry(model)).nbytes == nbytes
     decayed, kept = adamw(model, 0.1, 1e-3, (0.9, 0.99), 'cpu').param_groups
     assert {p.dim() for p in kept['params']} == {1} and decayed['weight_decay'] == 0.1
 
