@@ -30,4 +30,4 @@ class LinearAttention(CausalSelfAttention):
 
 class Linear(Peer):
     """The carry is a memory a layer: n_layer times (B, H, D, D + 1)."""
-    attention, at_once = LinearAttention, 96
+    attention, at_once = LinearAttention, 48
