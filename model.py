@@ -42,7 +42,8 @@ class GPTConfig:
     n_embd: int = 768       # channels
     dropout: float = 0.0    # share of activations dropped in training
     bias: bool = True       # biases in linear layers and layer norms, as in GPT-2
-    position: str = 'learned'  # 'learned', an embedding of each place, or 'rotary': queries, keys
+    position: str = 'learned'  # 'learned', an embedding of each place; 'rotary', queries and keys
+                               # turned by it; or 'none'
     rotary_base: float = 10000.0  # of rotary positions: the larger, the slower the slowest turn
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
     border: int = -1        # token at which a document begins, to all that read (lib/); -1: none
@@ -50,7 +51,7 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-        one_of(self, position=('learned', 'rotary'))
+        one_of(self, position=('learned', 'rotary', 'none'))
         if self.position == 'rotary' and (self.n_embd // self.n_head % 2 or self.rotary_base <= 1):
             raise ValueError("position='rotary' takes heads of an even size, n_embd / n_head, and "
                              'a rotary_base above 1')

@@ -50,7 +50,7 @@ init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt)
 overwrite = False           # start over in an out_dir that holds another run
 seed = 1337                 # of the weights, of dropout and of the order of the data
 # model
-model_type = 'fold'         # 'fold', 'gpt', or another of models/
+model_type = 'fold'         # 'fold', 'gpt', or a peer of models/: 'rmt', 'lstm', ...
 block_size = 192            # L, tokens of a training sequence; the window of a GPT
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold
@@ -60,7 +60,7 @@ past = 'evolving'           # past half: 'evolving', 'frozen'; without recurrenc
 carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the one before
 n_layer = 4                 # layers of a GPT
 window = 0                  # tokens that a layer of a GPT sees, sliding; 0 is the whole block
-position = 'learned'        # 'learned', an embedding of each place, or 'rotary'
+position = 'learned'        # 'learned', an embedding of each place, 'rotary' or 'none'
 rotary_base = 10000.0       # of rotary positions
 n_head = 4                  # attention heads
 n_embd = 128                # channels
@@ -92,10 +92,8 @@ products = 'auto'           # of float32 on a CPU: 'torch', 'onednn' (faster on 
 compile = 'auto'            # 'off', 'kernels' (torch.compile of the blocks), 'auto': on CUDA alone
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
-# of a resumed run: what stays as it was, and what is of this call alone
-FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'block_size',
-         'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'n_layer', 'window',
-         'position', 'rotary_base', 'border', 'n_head', 'n_embd', 'dropout', 'bias', 'filler',
+# of a resumed run: what stays as it was beside the model, and what is of this call alone
+FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'segment_size', 'filler',
          'symbols', 'key_length', 'names', 'cups', 'every', 'lengths', 'vocabulary')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
@@ -242,7 +240,7 @@ s, notes, checkpoint = configure(globals(), parts=parts), [], None
 out_dir = os.path.join(ROOT, s.out_dir)
 if s.init_from == 'resume':
     checkpoint = ckpt.load_to_resume(out_dir)
-    s, notes = merge(checkpoint['config'], s, FIXED, HERE)
+    s, notes = merge(checkpoint['config'], s, {*FIXED, *checkpoint['model_args']}, HERE)
 elif s.init_from != 'scratch':
     checkpoint = ckpt.load(ckpt.find_file(s.init_from))
 best_path, last_path, log_path = (os.path.join(out_dir, name)

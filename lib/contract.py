@@ -7,8 +7,9 @@ left out. Without: None for a loss, and the logits of the last position, (B, 1, 
 the model keeps nothing (it then reads at most config.block_size tokens at once), else a tensor or a
 flat tuple of tensors, rows first, valid after whole recurrence steps of `model.unit` tokens (1 if
 not said). `model.config` is a dataclass with block_size and vocab_size. For speed a model may have
-`new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them the open
-recurrence step is computed anew for every token.
+`new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them, or with
+`extend = None` in place of an inherited one, the open recurrence step is computed anew for every
+token.
 """
 from contextlib import suppress
 from dataclasses import fields
@@ -94,8 +95,11 @@ def flops_per_token(model, T):
     """FLOPs of training on a sequence of T tokens, per token: the matrix products of forward and
     backward, as torch counts them; norms, softmax and embeddings are not counted."""
     idx = torch.zeros(1, T, dtype=torch.int64, device=next(model.parameters()).device)
+    library = torch.backends.mkldnn  # its LSTM, and a fused kernel, would count nothing on a CPU
+    was, library.enabled = library.enabled, False
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(idx, idx)[1].backward()  # a fused kernel would count nothing on a CPU
+        model(idx, idx)[1].backward()
+    library.enabled = was
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / T
 

@@ -20,10 +20,11 @@ def new_state(model, B=1):
     carry, as the contract has it; tokens (B, N), those of the open recurrence step or of the
     window, where they are computed anew; cache, where the model has one that agrees with forward.
     """
-    if hasattr(model, 'extend') and reads_alike(model, cached=True):
+    extends = getattr(model, 'extend', None)
+    if extends and reads_alike(model, cached=True):
         return empty_state(model, B, cached=True)
     check_reading(model)
-    if hasattr(model, 'extend'):
+    if extends:
         print(f"{type(model).__name__} reads otherwise through extend() than in forward(): what is "
               f"open is computed anew for every token (slow)", file=sys.stderr)
     return empty_state(model, B, cached=False)

@@ -21,7 +21,9 @@ from model import MLP, CausalSelfAttention
 from models import MODELS
 from prepare import Tokenizer
 
-SMALL = dict(block_size=16, width=7, decay_from=1.0, learning_rate=0.03, stream=True)
+PEERS = [kind for kind in MODELS if not getattr(MODELS[kind][1], 'extend', None)]
+OWN = {kind: {'width': 7} for kind in TOYS}  # keys
+SMALL = dict(block_size=16, decay_from=1.0, learning_rate=0.03, stream=True)
 
 def squared(self, x):
     return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -48,7 +50,7 @@ def test_every_model_keeps_the_contract(kind):
 def streamed(model, idx):
     """The logits after every token of idx (1, T), read one by one."""
     state = new_state(model)
-    assert (state.cache is not None) == hasattr(model, 'extend')
+    assert (state.cache is not None) == bool(getattr(model, 'extend', None))
     return torch.stack([read_(model, token, state).clone() for token in idx.split(1, 1)], dim=1)
 
 @pytest.mark.parametrize('part, edit', [(MLP, squared), (CausalSelfAttention, scaled)])
@@ -82,6 +84,7 @@ def test_an_edit_to_model_py_holds_everywhere(part, edit, kind, sizes, monkeypat
 def toys(monkeypatch):
     for name, pair in TOYS.items():
         monkeypatch.setitem(MODELS, name, pair)
+    monkeypatch.setattr('lib.pictures.curves', lambda *_, **__: None)  # which take the longest
 
 def test_a_model_that_sees_the_future_is_not_trained(train, tmp_path, monkeypatch):
     monkeypatch.setattr('model.band', lambda n, S, *_: torch.zeros(n, S))
@@ -109,18 +112,18 @@ def test_a_model_that_breaks_the_contract_is_told_in_a_line(toys, train, tmp_pat
     assert 'Recurrent.forward() must return logits (B, T, V), the mean loss' in done.err
     assert not (tmp_path / 'out' / 'last.pt').exists()
 
-@pytest.mark.parametrize('kind', TOYS)
+@pytest.mark.parametrize('kind', [*TOYS, *PEERS])
 def test_a_model_with_nothing_but_forward_does_all_that_others_do(
         kind, toys, run, train, data_dir, tmp_path):
     folder, again = tmp_path / 'run', tmp_path / 'again'
     for out_dir, settings in ((folder, {}), (again, {'max_iters': 10}),
                               (again, {'init_from': 'resume'})):
-        done = train(kind, out_dir=out_dir, **{**SMALL, **settings})
+        done = train(kind, out_dir=out_dir, **{**SMALL, **OWN.get(kind, {}), **settings})
         assert done.code == 0, done.err
     saved, resumed = load(folder / 'last.pt'), load(again / 'last.pt')
     assert all(torch.equal(value, resumed['model'][name]) for name, value in saved['model'].items())
     model, tokenizer = load_model(saved).eval(), Tokenizer(saved['tokenizer'])
-    assert model.config.width == 7
+    assert kind not in TOYS or model.config.width == 7
 
     scored = [json.loads(line) for line in open(folder / 'log.jsonl') if 'val_loss' in line]
     val = torch.from_numpy(np.fromfile(data_dir / 'tiny' / 'val.bin', np.uint16).astype(np.int64))
@@ -150,16 +153,18 @@ def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_p
         assert done.code == 0, done.err
         return done.out
     monkeypatch.setattr(compare, 'call', call)
+    runs = {kind: {'model_type': kind, **OWN.get(kind, {})} for kind in [*TOYS, *PEERS]}
     (tmp_path / 'toys.py').write_text(
-        "tokens, prompts, new_tokens = 384, ['ape'], 9\n"
-        "common = dict(dataset='tiny', block_size=16, batch_size=4, width=7)\n"
-        "runs = {kind: {'model_type': kind} for kind in ('recurrent', 'windowed')}\n"
+        "tokens, prompts, new_tokens = 192, ['ape'], 5\n"
+        "common = dict(dataset='tiny', block_size=16, batch_size=4, segment_size=4,\n"
+        "              n_layer=2, n_head=2, n_embd=8)\n"
+        f"runs = {runs}\n"
         "probe = dict(histories='0,12', targets=5, words=5, resamples=20)\n")
     argv = [str(tmp_path / 'toys.py'), f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
             f'--data_dir={data_dir}']
     compare.main(configure(vars(compare), argv, 'comparison'))
     record = load_record(tmp_path / 'runs' / 'comparison.json')
-    assert len(record['parts']) == 2
+    assert len(record['parts']) == 2 + len(PEERS)
     assert 'recurrent minus windowed, equal tokens' in record['metrics']
     for part in record['parts']:
         assert part['notes'][0].startswith('ape') and part['curves']['context curve']['points']

@@ -136,6 +136,11 @@ def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
     tokens = dict(records(tmp_path / 'out', 'tokens'))
     assert (tokens[10], tokens[11], tokens[12]) == (10 * 48, 10 * 48 + 96, 10 * 48 + 192)
 
+def test_a_resumed_run_keeps_the_keys_of_its_model(train, resume):
+    train('rmt', max_iters=1, memory=2)
+    done = resume('--max_iters=2', '--memory=3')
+    assert done.code == 0 and 'resume: memory stays 2' in done.out, done.err
+
 @pytest.mark.parametrize('before, given, problem', [
     (dict(stream=True), ['--stretch=32'], 'stretch'), (dict(batch_size=8), ['--stretch=64'], ''),
     (dict(stretch=32), ['--stream=True'], 'stretch'),

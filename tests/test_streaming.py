@@ -31,7 +31,7 @@ CASES = {
     'no local': dict(n_local=0, n_global=1), 'no bias': dict(n_local=1, bias=False),
     'segment of 1': dict(segment_size=1), 'long segment': dict(segment_size=36, block_size=36),
     'long gpt': dict(kind='gpt', block_size=80)}
-FORWARD_ALONE = {*TOYS, *(name for name in MODELS if not hasattr(MODELS[name][1], 'extend'))}
+FORWARD_ALONE = {*TOYS, *(name for name in MODELS if not getattr(MODELS[name][1], 'extend', None))}
 EVERY = pytest.mark.parametrize('name', CASES)
 EVERY_PATH = pytest.mark.parametrize('name, cached', [
     (name, cached) for name in CASES for cached in (True, False)[name in FORWARD_ALONE:]])
