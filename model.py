@@ -46,12 +46,13 @@ class GPTConfig:
                                # turned by it; or 'none'
     rotary_base: float = 10000.0  # of rotary positions: the larger, the slower the slowest turn
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
+    gelu: str = 'none'      # how GELU is approximated: 'none', or 'tanh', as in OpenAI's GPT-2
     border: int = -1        # token at which a document begins, to all that read (lib/); -1: none
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-        one_of(self, position=('learned', 'rotary', 'none'))
+        one_of(self, position=('learned', 'rotary', 'none'), gelu=('none', 'tanh'))
         if self.position == 'rotary' and (self.n_embd // self.n_head % 2 or self.rotary_base <= 1):
             raise ValueError("position='rotary' takes heads of an even size, n_embd / n_head, and "
                              'a rotary_base above 1')
@@ -197,11 +198,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.gelu = config.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 class Block(nn.Module):
     """GPT-2's block, one step in time (eq. 5, 6): attention and feed-forward on residuals."""

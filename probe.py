@@ -26,6 +26,10 @@ from tasks import find_task
 
 # run
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
+init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights:
+                    # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
+                    # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names; with --file, and the
+                    # result goes into out_dir, or out/NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap
@@ -55,7 +59,7 @@ wait = 0            # segments of filler between the last pair and the questions
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
     device = set_up(p.device, p.threads)
-    path = os.path.abspath(ckpt.find_file(p.out_dir or ckpt.newest_run()))
+    path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path, device)
     task = find_task(saved['task'], 'probe')
     needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
@@ -66,6 +70,9 @@ def main(p):
     config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}
+    if p.init_from:
+        folder = p.out_dir or place(name, False)
+        os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
     target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')

@@ -3,6 +3,7 @@
     python sample.py --start="ROMEO:" --max_new_tokens=300
     python sample.py --start=FILE:book.txt --max_new_tokens=0 --save_state=book.state
     python sample.py --load_state=book.state --start="And so"
+    python sample.py --init_from=gpt2 --start="Hello"
 """
 import lib.start  # noqa: F401 (before torch)
 import codecs
@@ -22,6 +23,9 @@ from lib.streaming import new_state, read_, stream
 from prepare import Tokenizer
 
 out_dir = ''          # run's folder or checkpoint; '' takes the newest run under out/
+init_from = ''        # in place of a run: a folder of Hugging Face's format, or published weights:
+                      # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
+                      # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names
 start = '\n'          # prompt, may be empty; \n and \t as one writes them, \\ for a backslash;
                       # FILE:path reads it from a file, FILE:- from standard input
 num_samples = 1       # texts to write
@@ -41,6 +45,7 @@ ESCAPES = {'n': '\n', 't': '\t', '\\': '\\'}  # as one writes them after a backs
 def check(s):
     at_least(s, num_samples=1, max_new_tokens=0, temperature=0.0, top_k=0, top_p=0.0, seed=0,
              threads=0)
+    require(not (s.init_from and s.out_dir), 'init_from is in place of out_dir: give one of them')
     require(s.top_p <= 1, f'top_p must be at most 1, not {s.top_p}')
     require(not s.save_state or s.num_samples == 1,
             'save_state keeps the state of one text: leave num_samples at 1')
@@ -117,7 +122,7 @@ def write_samples():
 s = configure(globals())
 check(s)
 device = set_up(s.device, s.threads, products='torch')
-path = ckpt.find_file(s.out_dir or ckpt.newest_run('text'))
+path = ckpt.find_file(s.init_from or s.out_dir or ckpt.newest_run('text'))
 saved = ckpt.load(path, device)
 require(saved.get('tokenizer') and saved['task'] == 'text', f'{path} is of another task, or holds '
         f'no vocabulary: name a run of train.py on text with --out_dir; it gives one to weights of '

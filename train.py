@@ -46,7 +46,10 @@ from tasks import find_task
 # run
 task = 'text'               # 'text', 'needle', 'track' or another of tasks/
 out_dir = 'out/run'         # folder of the checkpoints and the log
-init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt), or a checkpoint
+init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt), a checkpoint, a
+                            # folder of Hugging Face's format, or published weights: 'gpt2',
+                            # 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
+                            # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names
 overwrite = False           # start over in an out_dir that holds another run
 seed = 1337                 # of the weights, of dropout and of the order of the data
 # model

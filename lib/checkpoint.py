@@ -16,6 +16,7 @@ import zipfile
 
 import torch
 
+from lib import pretrained
 from lib.console import require, write
 from lib.contract import make_model
 from lib.files import PICTURE, RECORD, check_kind, is_file, write_file
@@ -39,12 +40,15 @@ def save(path, content, kept='the checkpoint before it is kept'):
     write_file(path, lambda f: torch.save(content, f), kept)
 
 def find_file(path):
-    """A checkpoint's path as the user gave it: a file or a run's folder, seen from here or from
-    the repository."""
+    """A checkpoint's path as the user gave it: a file, the folder of a run or of Hugging Face's
+    format, seen from here or from the repository; or the name of published weights."""
+    names = '', *FILES, *pretrained.FILES
     for where in (os.path.abspath(os.path.expanduser(path)), os.path.join(ROOT, path)):
-        for file in (where, *(os.path.join(where, name) for name in FILES)):
+        for file in (os.path.join(where, name) if name else where for name in names):
             if is_file(file):
                 return file
+    if path in pretrained.PUBLISHED:
+        return pretrained.fetch_published(path)
     raise SystemExit(f'error: no checkpoint at {path}; {TRAIN_FIRST}')
 
 def read_file(path, kind, device='cpu'):
@@ -66,10 +70,11 @@ def read_file(path, kind, device='cpu'):
     return content
 
 def load(path, device='cpu'):
-    """The dictionary in a checkpoint file, of this project or of nanoGPT. Raises SystemExit if it
-    holds none."""
+    """The dictionary in a checkpoint file, of this project or of nanoGPT, or what stands for it in
+    a Hugging Face folder. Raises SystemExit if it holds none."""
+    foreign = path.endswith(('.json', '.safetensors'))
     checkpoint = {'model': None, 'model_args': None, 'model_type': 'gpt', 'task': 'text',
-                  **read_file(path, 'checkpoint', device)}
+                  **(pretrained.read(path) if foreign else read_file(path, 'checkpoint', device))}
     wrong = [key for key, kind in KINDS.items()
              if not isinstance(checkpoint.get(key, kind()), kind)]
     require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '

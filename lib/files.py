@@ -1,15 +1,19 @@
-"""Files that are written whole or not at all, and folders that one process owns while it lives."""
+"""Files that are written or fetched whole or not at all, and folders that one process owns while it
+lives."""
+import hashlib
 import os
 import stat
+import time
 from contextlib import suppress
 
-from lib.console import require
+from lib.console import Progress, require
 
 try:
     import fcntl
 except ImportError:  # no such locks on this system
     fcntl = None
 
+PAUSES, TIMEOUT = (0, 1, 3, 9), (10, 30)  # seconds before each try; to connect, to go on
 RECORD, PICTURE = b'"what": "', b'tEXtSource'  # what these files of ours hold near their start
 locks = {}  # path of a folder: an open file in it, whose lock ends with this process
 
@@ -83,3 +87,57 @@ def write_file(path, write, kept='what was there is kept'):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+def fetch(url, path, least, sha256=''):
+    """Fetch a file of `least` bytes or more, unless it is there. What came of one that is cut off
+    is kept beside it, and another call goes on from there. Raises SystemExit if it cannot be had,
+    OSError if there is no place for it."""
+    reason, folder = '', os.path.dirname(path)
+    if os.path.isfile(path):
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, '.lock'), 'a') as lock:
+        if fcntl:  # another process may be at it: wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for pause in () if os.path.isfile(path) else PAUSES:
+            time.sleep(pause)
+            try:
+                with open(f'{path}.part', 'ab') as part:
+                    receive(url, part, least, sha256)
+                os.replace(part.name, path)
+                return
+            except Exception as error:  # from a missing package to a proxy's broken answer
+                reason = f'{error!r:.80}'
+    if reason:
+        raise SystemExit(f'error: cannot fetch {url} ({reason}): try again online, or put that '
+                         f'file, fetched elsewhere, into {folder}')
+
+def receive(url, part, least, sha256):
+    """One try to append what is missing. Raises errors of many kinds."""
+    import requests
+    begin = part.seek(0, os.SEEK_END)
+    headers = {'Range': f'bytes={begin}-', 'Accept-Encoding': 'identity'}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code in (200, 416):  # no ranges, or nothing there: from the first byte on
+            begin = part.seek(part.truncate(0))
+        answer.raise_for_status()
+        total = begin + int(answer.headers['Content-Length'])
+        if total < least:
+            raise ValueError(f'another file, of {total:,} bytes')
+        progress = Progress(f'fetching {os.path.basename(url)}', total - begin, 'bytes')
+        for block in answer.iter_content(1 << 16):
+            part.write(block)
+            progress.at(part.tell() - begin)
+        progress.close()
+    part.flush()
+    os.fsync(part.fileno())
+    if part.tell() != total:  # which older versions of urllib3 let pass
+        raise ValueError(f'cut off after {part.tell():,} of {total:,} bytes')
+    if not has_sha256(part.name, sha256):
+        part.truncate(0)
+        raise ValueError('another file, by its SHA-256')
+
+def has_sha256(path, sha256):
+    """Whether a file has this SHA-256; True if none is known."""
+    with open(path, 'rb') as f:
+        return not sha256 or hashlib.file_digest(f, 'sha256').hexdigest() == sha256

@@ -49,8 +49,9 @@ def probe_text(model, saved, p, device):
 
 def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
-    require({'dataset', 'sha256'} <= {*(saved.get('data') or ())} and saved.get('tokenizer'),
-            'the checkpoint does not name its data set: probe runs of train.py')
+    named = p.file or {'dataset', 'sha256'} <= {*(saved.get('data') or ())}
+    require(named and saved.get('tokenizer'), 'the checkpoint does not name its data set or its '
+            'vocabulary: probe runs of train.py, or gpt2 with --file')
     tokenizer = Tokenizer(saved['tokenizer'])
     if p.file:
         ids = tokenizer.encode(read_text(p.file))
