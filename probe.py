@@ -70,8 +70,8 @@ def main(p):
     config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}
-    if p.init_from:
-        folder = p.out_dir or place(name, False)
+    if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
+        folder = p.init_from and p.out_dir or place(name, False)
         os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']

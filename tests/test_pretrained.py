@@ -154,3 +154,13 @@ def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F81
     both = '--init_from=gpt2', '--out_dir=x'
     check(run('sample.py', *both), 'init_from is in place of out_dir: give one of them')
     check(run('probe.py', *both), 'is not the published file, by its SHA-256: delete')
+
+def test_a_task_goes_along(train, run, tmp_path, data_dir):
+    assert train(task='needle', filler='text', key_length=2, max_iters=2).code == 0
+    assert run('lib/pretrained.py', tmp_path / 'out', tmp_path / 'hf').code == 0
+    (tmp_path / 'my.txt').write_text('a1 b2\n' * 99)
+    before = contents(tmp_path / 'hf')
+    done = run('probe.py', f"--init_from={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'found'}",
+               f"--file={tmp_path / 'my.txt'}", '--keys=3', '--device=cpu')
+    assert done.code == 0 and 'of 3 right' in done.out, done.err
+    assert (tmp_path / 'found' / 'probe.json').exists() and contents(tmp_path / 'hf') == before
