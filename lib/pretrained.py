@@ -115,7 +115,9 @@ def export(saved, model, folder):
                                                                  f'another')
     kind, c, weights = saved['model_type'], model.config, model.state_dict()
     own = {'model_type': kind, 'model_args': vars(c), 'tokenizer': saved.get('tokenizer'),
-           **{key: saved[key] for key in ('task', 'config', 'data', 'iter_num') if key in saved}}
+           **{key: saved[key] for key in ('task', 'data', 'iter_num') if key in saved},
+           'config': {key: value for key, value in saved.get('config', {}).items()
+                      if key != 'out_dir'}}  # which is this machine's
     config = {'model_type': 'foldgpt', 'foldgpt': own}
     note = f'a {kind} of foldGPT is needed to run it: python sample.py --out_dir=...'
     if kind == 'gpt' and (c.position, c.window, c.border) == ('learned', 0, -1):
