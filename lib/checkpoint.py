@@ -72,7 +72,7 @@ def read_file(path, kind, device='cpu'):
 def load(path, device='cpu'):
     """The dictionary in a checkpoint file, of this project or of nanoGPT, or what stands for it in
     a Hugging Face folder. Raises SystemExit if it holds none."""
-    foreign = path.endswith(('.json', '.safetensors'))
+    foreign = str(path).endswith(('.json', '.safetensors'))
     checkpoint = {'model': None, 'model_args': None, 'model_type': 'gpt', 'task': 'text',
                   **(pretrained.read(path) if foreign else read_file(path, 'checkpoint', device))}
     wrong = [key for key, kind in KINDS.items()
