@@ -305,8 +305,10 @@ run = SimpleNamespace(done=0, tokens=0, seconds=0.0, best=math.inf, pending=Fals
                       val={'val_loss': math.inf, 'val_error': None}, **new_interval())
 if s.init_from == 'resume':
     try:
-        optimizer.load_state_dict({**checkpoint['optimizer'],  # with this call's settings
-                                   'param_groups': optimizer.state_dict()['param_groups']})
+        groups = optimizer.state_dict()['param_groups']  # with this call's settings
+        for group, before in zip(groups, checkpoint['optimizer']['param_groups']):
+            group['lr'] = before['lr']
+        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': groups})
         for p, state in optimizer.state.items():
             if any(value.shape not in (p.shape, ()) for value in state.values()) or any(
                     state[key].min() < 0 for key in ('step', 'exp_avg_sq')):

@@ -8,6 +8,7 @@ training stands), provenance.
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -101,7 +102,7 @@ def load_to_resume(folder):
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
                 f'--init_from={path} starts from its weights')
     run, counted = checkpoint['run'], {**checkpoint['run'], 'best': 0, 'val': 0}
-    require({key: type(value) for key, value in run.items()} == RUN and run['best'] >= 0
+    require({key: type(value) for key, value in run.items()} == RUN and run['best'] > -math.inf
             and can_be((counted, checkpoint['optimizer']))
             and run['done'] == checkpoint.get('iter_num'), f'{path} cannot be resumed: it is '
             f'damaged in its run or optimizer; --init_from={path} starts from its weights')

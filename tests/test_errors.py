@@ -228,7 +228,7 @@ NAN = float('nan')
     *[('run', key, value) for key, value in (
         ('tokens', [1, 2]), ('done', 'x'), ('val', [1, 2]), ('best', None), ('done', -5),
         ('done', 2 ** 63), ('tokens', -1), ('seconds', float('inf')), ('seconds', NAN),
-        ('interval_loss', 0.0), ('seconds', -1.0), ('best', NAN), ('best', -1.0),
+        ('interval_loss', 0.0), ('seconds', -1.0), ('best', NAN), ('best', -float('inf')),
         ('interval_steps', -1), ('interval_loss', torch.tensor(NAN)),
         ('interval_loss', torch.ones(2)), ('more', 1))],
     ('iter_num', None, 7), ('rng', None, []), ('rng', None, [1]),
