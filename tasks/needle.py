@@ -219,9 +219,12 @@ def find_in_file(model, saved, p, device):
     keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(12, len(ids))))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)
+    progress = Progress(f'reading {p.file}', len(ids) + k + 1, 'characters')
     for part in (*torch.from_numpy(ids[:lead])[None].split(PER_READ, 1), key,
                  *torch.from_numpy(ids[lead:])[None].split(PER_READ, dim=1)):
         read_(model, part.expand(p.keys, -1).to(device), state)
+        progress.at(int(state.read[0]))
+    progress.close()
     speed = p.keys * (len(ids) + k + 1) / (time.perf_counter() - begin)
     token, answers = torch.full((p.keys, 1), sequences.ask), []
     for _ in range(k):
