@@ -166,8 +166,7 @@ def plan(c, folder, costs, quick=False):
         settings, update = settings_of(c, name)
         ours, its = (costs.get(run, {}).get(budget) for run in (first, name))
         share = ours / its if ours and its else 1
-        iters = c['updates'] or max(1, round(c['tokens'] * share / update))
-        iters = 4 if quick else iters
+        iters = 4 if quick else c['updates'] or max(1, round(c['tokens'] * share / update))
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}),
                         **({'eval_tokens': 3000} if quick and c['tokens'] else {}))

@@ -67,6 +67,8 @@ def main(p):
                if key not in saved.get('config', {}) and saved['task'] != 'text']
     require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
     merge(saved.get('config', {}), Settings(needed))  # refuses values of other kinds
+    require(not p.file or saved['task'] == 'text' or saved.get('tokenizer'), f'{path} knows no '
+            f'text: file is for models of text, and for needles trained with --filler=text')
     config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     name, data = os.path.basename(folder), saved.get('data') or {}

@@ -11,6 +11,8 @@ from lib.contract import carries, unit
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
 from lib.rows import Rows, rowwise
 
+PER_READ = 6144  # tokens that are made and read at a time, where a model is measured
+
 class RandomSequences:
     """Random numbers of a seed of their own."""
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from configurator import at_least, one_of
 from lib.console import Progress, require, say
 from lib.gradients import to_device
-from lib.memory import RandomSequences, WalkingTask, interval, measure_distances
+from lib.memory import PER_READ, RandomSequences, WalkingTask, interval, measure_distances
 from lib.processes import RANK, from_writer
 from lib.records import metric
 from lib.rows import Rows
@@ -38,7 +38,6 @@ leave = 0.01            # share of the walking sequences that leave at an update
 probe_distance = 192    # tokens of filler at which recall is evaluated in training
 
 DIGITS = 10  # different digits of a key
-PER_READ = 6144  # tokens of filler that are made and read at a time
 
 class Sequences(RandomSequences):
     """Keys among filler. Tokens: the filler's from 0 on, then ten digits, MARK and ASK.
@@ -46,8 +45,9 @@ class Sequences(RandomSequences):
     text (N,) int64: filler is contiguous pieces of it; None: `filler` different random symbols.
     """
 
-    def __init__(self, seed, key_length, filler, text=None):
+    def __init__(self, seed, key_length, filler, text=None, meta=None):
         super().__init__(seed)
+        self.meta = meta  # of the text's data set
         self.key_length, self.filler, self.text = key_length, filler, text
         self.mark, self.ask = filler + DIGITS, filler + DIGITS + 1
         self.vocab_size = self.ask + 1
@@ -96,7 +96,8 @@ def make_sequences(s, split, seed):
         return Sequences(seed, s.key_length, s.symbols)
     folder, meta = from_writer(lambda: open_data(s, s.dataset))
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
-    return Sequences(seed, s.key_length, meta['vocab_size'], torch.from_numpy(ids.astype(np.int64)))
+    text = torch.from_numpy(ids.astype(np.int64))
+    return Sequences(seed, s.key_length, meta['vocab_size'], text, meta)
 
 class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
@@ -109,7 +110,7 @@ class Task(WalkingTask):
         super().__init__(s, make_sequences(s, 'train', s.seed + 1_000_003 * RANK))
         self.asked = f'the keys recalled after {s.probe_distance} tokens'
         if s.filler == 'text':
-            _, meta = from_writer(lambda: open_data(s, s.dataset))
+            meta = self.sequences.meta
             self.tokenizer = meta['tokenizer']
             self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
 
@@ -206,17 +207,16 @@ def probe(model, saved, p, device):
 def find_in_file(model, saved, p, device):
     """Hide keys near the start of a text, one in each of so many copies, and ask for them at its
     end. Characters that the model does not know are read as spaces."""
-    require(saved.get('tokenizer') and p.keys > 0, 'file takes a model that knows a text, trained '
-            'with --filler=text, and keys=1 or more')
+    at_least(p, keys=1)
     tokenizer, text = Tokenizer(saved['tokenizer']), read_text(p.file)
-    unknown = {*text} - {*saved['tokenizer']['chars']}
+    unknown = {*text} - {*saved['tokenizer'].get('chars', text)}
     replaced = sum(map(text.count, unknown))
     require(2 * replaced < len(text), f'{p.file} has {len(text):,} characters, of which the model '
             f"knows {len(text) - replaced:,}: it takes a text mostly of its own characters")
     ids = tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown), ' '))).astype('int64')
-    k, sequences = saved['config']['key_length'], Sequences(p.seed, saved['config']['key_length'],
-                                                            tokenizer.vocab_size)
-    keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(12, len(ids))))
+    k, l = (saved['config'][key] for key in ('key_length', 'segment_size'))
+    sequences = Sequences(p.seed, k, tokenizer.vocab_size)
+    keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(l, len(ids))))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)
     progress = Progress(f'reading {p.file}', len(ids) + k + 1, 'characters')
@@ -230,9 +230,10 @@ def find_in_file(model, saved, p, device):
     for _ in range(k):
         token = read_(model, token.to(device), state).argmax(dim=-1, keepdim=True)
         answers.append(token.cpu())
-    right = int((torch.cat(answers, dim=1) == keys).all(dim=1).sum())
+    answers = torch.cat(answers, dim=1)
+    right = int((answers == keys).all(dim=1).sum())
     digits = [' '.join(str(token - sequences.filler) for token in row.tolist())
-              for row in (keys[0], torch.cat(answers, dim=1)[0])]
+              for row in (keys[0], answers[0])]
     say(f'hidden after {lead} characters: {digits[0]}\n'
         f'read: {len(text):,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
         f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'

@@ -15,7 +15,7 @@ import torch
 from configurator import at_least
 from lib.console import Progress, require
 from lib.gradients import to_device
-from lib.memory import RandomSequences, WalkingTask, measure_distances
+from lib.memory import PER_READ, RandomSequences, WalkingTask, measure_distances
 from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
@@ -29,8 +29,6 @@ first = 1               # segments with which the curriculum starts, but one
 grow_at = 0.98          # share of new sequences with no wrong answer at which the curriculum grows
 leave = 0.01            # share of the walking sequences that leave at an update, though right
 probe_distance = 192    # tokens after which answers are evaluated in training
-
-PER_READ = 6144  # tokens that are made and read at a time
 
 class Sequences(RandomSequences):
     """Tokens: the filler's from 0 on, a swap for each two cups, ASK, the cups, the objects. A

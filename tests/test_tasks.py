@@ -189,8 +189,11 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(data_dir, tmp_path, 
     (tmp_path / 'book').write_text(known[0] * 9 + '\u2260' * 9)
     with pytest.raises(SystemExit, match='has 18 characters, of which the model knows 9'):
         needle.probe(model, saved, p, 'cpu')
-    with pytest.raises(SystemExit, match='filler=text'):
-        needle.probe(model, {**saved, 'tokenizer': None}, p, 'cpu')
+
+def test_a_file_is_for_those_who_know_a_text(train, run, tmp_path):
+    assert train(task='track', max_iters=0).code == 0
+    done = run('probe.py', tmp_path / 'out', f'--file={__file__}')
+    assert done.code == 1 and done.err.endswith('needles trained with --filler=text\n')
 
 def lying(sequences, text):
     """The object under each cup after the tokens of a row, by hand."""
