@@ -23,7 +23,7 @@ from prepare import Tokenizer
 
 PEERS = [kind for kind in MODELS if not getattr(MODELS[kind][1], 'extend', None)]
 OWN = {kind: {'width': 7} for kind in TOYS}  # keys
-SMALL = dict(block_size=16, decay_from=1.0, learning_rate=0.03, stream=True)
+SMALL = dict(block_size=16, decay_from=1.0, learning_rate=0.01, stream=True)
 
 def halved(self, x, mlp=MLP.forward):
     return 0.5 * mlp(self, x)
