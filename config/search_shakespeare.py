@@ -1,7 +1,8 @@
 # The search behind config/fold_shakespeare.py and config/gpt_shakespeare.py:
 #   python compare.py config/search_shakespeare.py
-# One change at a time, the same for the fold, the GPT of its window and the sliding window, then
-# shapes of the fold; scored on the last tenth of the training split, which these runs do not see.
+# One change at a time, and the two that helped together, the same for the fold, the GPT of its
+# window and the sliding window; then shapes of the fold. All are scored on the last tenth of the
+# training split, which these runs do not see.
 seeds = [1337]
 tokens = 3_532_800
 
@@ -22,6 +23,8 @@ _changes = {
     'weight decay 0.3': dict(weight_decay=0.3),
     'weight decay 0.5': dict(weight_decay=0.5),
     'warm-up of 300': dict(warmup_iters=300),
+    'weight decay 0.3, warm-up of 300': dict(weight_decay=0.3, warmup_iters=300),
+    'weight decay 0.5, warm-up of 300': dict(weight_decay=0.5, warmup_iters=300),
     'last rate 0': dict(min_lr=0.0),
     'last rate 4e-4': dict(min_lr=4e-4),
     'rotary base 100': dict(rotary_base=100.0),
