@@ -170,7 +170,7 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
         q, k, v = (x.reshape(A * B, -1, D) for x in (q, k, v))
         weights = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (A*B, n, S)
-        return (F.dropout(weights, p) @ v).view(A, B, n, D)
+        return (torch.dropout(weights, p, self.training) @ v).view(A, B, n, D)
 
 def once(make):
     """make, computed once for the same arguments; to a compiler, a constant."""
@@ -219,8 +219,8 @@ class Block(nn.Module):
     def forward(self, x, before=None, cache=None):
         """x (B, T, C) -> (B, T, C), one layer on, and its keys and values, as in the attention."""
         y, own = self.attn(self.ln_1(x), before, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training), own
+        x = x + torch.dropout(y, self.dropout, self.training)
+        return x + torch.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training), own
 
 class LocalBlock(Block):
     """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment, or
@@ -296,7 +296,7 @@ class GPT(nn.Module):
             if end > len(wpe):  # in each segment anew
                 wpe = wpe.repeat(-(-end // len(wpe)), 1)
             x = x + wpe[place:end]
-        return F.dropout(x, self.config.dropout, self.training)
+        return torch.dropout(x, self.config.dropout, self.training)
 
     def through(self, blocks, x, kept=None, cache=None):
         """x (B, T, C) -> (B, T, C) after the blocks, and, if their window slides, their keys and
