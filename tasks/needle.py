@@ -94,10 +94,14 @@ def make_sequences(s, split, seed):
     """Sequences whose filler, if it is text, is from the 'train' or 'val' split of the data set."""
     if s.filler == 'symbols':
         return Sequences(seed, s.key_length, s.symbols)
+    text, meta = read_split(s, split)
+    return Sequences(seed, s.key_length, meta['vocab_size'], text, meta)
+
+def read_split(s, split):
+    """The ids of a split of the data set (N,), and its meta."""
     folder, meta = from_writer(lambda: open_data(s, s.dataset))
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
-    text = torch.from_numpy(ids.astype(np.int64))
-    return Sequences(seed, s.key_length, meta['vocab_size'], text, meta)
+    return torch.from_numpy(ids.astype(np.int64)), meta
 
 class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
@@ -203,25 +207,31 @@ def probe(model, saved, p, device):
     return {'what': 'recall', 'metrics': {'chance': metric(chance)}, 'notes': [],
             'curves': {'recall': {**axes, 'points': points}}}
 
+def read_known(path, spec):
+    """The ids of a text file (N,), its characters, and how many of them the vocabulary has not,
+    which are read as spaces. Raises SystemExit if they are the half of it."""
+    text = read_text(path)
+    unknown = {*text} - {*spec.get('chars', text)}
+    replaced = sum(map(text.count, unknown))
+    require(2 * replaced < len(text), f'{path} has {len(text):,} characters, of which the model '
+            f"knows {len(text) - replaced:,}: it takes a text mostly of its own characters")
+    ids = Tokenizer(spec).encode(text.translate(dict.fromkeys(map(ord, unknown), ' ')))
+    return torch.from_numpy(ids.astype('int64')), len(text), replaced
+
 @torch.no_grad()
 def find_in_file(model, saved, p, device):
     """Hide keys near the start of a text, one in each of so many copies, and ask for them at its
-    end. Characters that the model does not know are read as spaces."""
+    end."""
     at_least(p, keys=1)
-    tokenizer, text = Tokenizer(saved['tokenizer']), read_text(p.file)
-    unknown = {*text} - {*saved['tokenizer'].get('chars', text)}
-    replaced = sum(map(text.count, unknown))
-    require(2 * replaced < len(text), f'{p.file} has {len(text):,} characters, of which the model '
-            f"knows {len(text) - replaced:,}: it takes a text mostly of its own characters")
-    ids = tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown), ' '))).astype('int64')
+    ids, characters, replaced = read_known(p.file, saved['tokenizer'])
     k, l = (saved['config'][key] for key in ('key_length', 'segment_size'))
-    sequences = Sequences(p.seed, k, tokenizer.vocab_size)
+    sequences = Sequences(p.seed, k, Tokenizer(saved['tokenizer']).vocab_size)
     keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(l, len(ids))))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)
     progress = Progress(f'reading {p.file}', len(ids) + k + 1, 'characters')
-    for part in (*torch.from_numpy(ids[:lead])[None].split(PER_READ, 1), key,
-                 *torch.from_numpy(ids[lead:])[None].split(PER_READ, dim=1)):
+    for part in (*ids[None, :lead].split(PER_READ, dim=1), key,
+                 *ids[None, lead:].split(PER_READ, dim=1)):
         read_(model, part.expand(p.keys, -1).to(device), state)
         progress.at(int(state.read[0]))
     progress.close()
@@ -235,11 +245,11 @@ def find_in_file(model, saved, p, device):
     digits = [' '.join(str(token - sequences.filler) for token in row.tolist())
               for row in (keys[0], answers[0])]
     say(f'hidden after {lead} characters: {digits[0]}\n'
-        f'read: {len(text):,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
+        f'read: {characters:,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
         f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'
         f'answer: {digits[1]}, {right} of {p.keys} right')
     low, high = interval(right, p.keys)
     return {'what': 'recall in a file', 'curves': {}, 'notes': [], 'metrics': {
         'recall': metric(right / p.keys, n=p.keys, low=low, high=high),
-        'characters': metric(len(text)), 'read as spaces': metric(replaced),
+        'characters': metric(characters), 'read as spaces': metric(replaced),
         'tokens per second': metric(speed), 'state_bytes': metric(state.nbytes // p.keys)}}

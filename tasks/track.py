@@ -36,7 +36,7 @@ class Sequences(RandomSequences):
 
     def __init__(self, s, seed):
         super().__init__(seed)
-        self.s, swaps = s, [*combinations(range(s.cups), 2)]
+        self.s, self.l, swaps = s, s.segment_size, [*combinations(range(s.cups), 2)]
         self.ask = s.symbols + len(swaps)
         self.cup, self.object = self.ask + 1, self.ask + 1 + s.cups
         self.vocab_size = self.object + s.cups
@@ -47,10 +47,25 @@ class Sequences(RandomSequences):
     def start(self, B):
         return torch.arange(self.s.cups).repeat(B, 1)
 
+    def opening(self, B):
+        """What is read first where a model is measured, tokens (B, any), and the objects then."""
+        return torch.empty(B, 0, dtype=torch.int64), self.start(B)
+
+    def between(self, objects, T):
+        """What is read before the question: tokens (B, T), and the objects after them."""
+        x, _, objects = self.further(objects, T)
+        return x, objects
+
+    def question(self, objects):
+        """Tokens (B, n) that ask for something, and the token that is to follow (B,)."""
+        which = self.integers(0, self.s.cups, len(objects), 1)
+        tokens = torch.cat((torch.full_like(which, self.ask), self.cup + which), dim=1)
+        return tokens, self.object + objects.gather(1, which)[:, 0]
+
     def further(self, objects, T):
         """The next T tokens, whole segments: tokens (B, T), targets (B, T), -1 where nothing is
         asked for, and the objects after them."""
-        s, B, l = self.s, len(objects), self.s.segment_size
+        s, B, l = self.s, len(objects), self.l
         swaps = self.uniform(B, T) < 1 / s.every
         x = torch.where(swaps, self.integers(s.symbols, self.ask, B, T),
                         self.integers(0, s.symbols, B, T))
@@ -67,9 +82,13 @@ class Sequences(RandomSequences):
 class Task(WalkingTask):
     """Trains with a curriculum of lengths and with sequences that walk on."""
 
-    def __init__(self, s):
-        at_least(s, cups=2, every=1, symbols=1, segment_size=2, probe_distance=0)
-        super().__init__(s, Sequences(s, s.seed + 1_000_003 * RANK))
+    def __init__(self, s, make=None):
+        """make(seed, split) -> sequences as above, of 'train' or 'val'."""
+        if make is None:
+            at_least(s, cups=2, every=1, symbols=1, segment_size=2)
+        at_least(s, probe_distance=0)
+        self.make = make or (lambda seed, split: Sequences(s, seed))
+        super().__init__(s, self.make(s.seed + 1_000_003 * RANK, 'train'))
         self.asked = f'the answers after {s.probe_distance} tokens'
 
     def start(self, model, device, autocast):
@@ -101,27 +120,26 @@ class Task(WalkingTask):
 
     def measure(self):
         d, n = self.s.probe_distance, 200
-        return answered(self.model, self.s, [d], n, self.device)[d] / n, n
+        return answered(self.model, self.make, self.s.seed, [d], n, self.device)[d] / n, n
 
-def answered(model, s, distances, n, device):
-    """{d: right answers after d tokens}: n fresh sequences, each asked for one cup, aside, at all
-    distances, which rise; rounded up to whole segments."""
-    right, test = dict.fromkeys(distances, 0), Sequences(s, s.seed + 1_000_003 * (1 + n))
+def answered(model, make, seed, distances, n, device):
+    """{d: right answers after d tokens}: n fresh sequences of make(seed, split), each asked one
+    question, aside, at all distances, which rise; rounded up to whole segments."""
+    right, test = dict.fromkeys(distances, 0), make(seed + 1_000_003 * (1 + n), 'val')
     progress = Progress('answers', n * distances[-1])
     for rows in torch.arange(n).split(50):
-        objects, state, read = test.start(len(rows)), new_state(model, len(rows)), 0
+        opening, objects = test.opening(len(rows))
+        state, read = new_state(model, len(rows)), 0
+        read_(model, opening.to(device), state)
         for d in distances:
             while read < d:
-                l = s.segment_size
-                T = min(-(-(d - read) // l), max(1, PER_READ // l)) * l
-                x, _, objects = test.further(objects, T)
+                T = min(-(-(d - read) // test.l), max(1, PER_READ // test.l)) * test.l
+                x, objects = test.between(objects, T)
                 read_(model, x.to(device), state)
                 read += T
                 progress.at(int(rows[0]) * distances[-1] + len(rows) * read)
-            which = test.integers(0, s.cups, len(rows))
-            question = torch.stack((torch.full_like(which, test.ask), test.cup + which), dim=1)
+            question, wanted = test.question(objects)
             answer = read_(model, question.to(device), state.clone()).argmax(dim=-1).cpu()
-            wanted = test.object + objects.gather(1, which[:, None])[:, 0]
             right[d] += int((answer == wanted).sum())
     progress.close()
     return right
@@ -130,7 +148,10 @@ def probe(model, saved, p, device):
     """Right answers against distance: the settings distances, sequences, far and far_sequences of
     p."""
     s = SimpleNamespace(**saved['config'])
-    points = measure_distances(p, lambda some, n: answered(model, s, some, n, device))
+    return found(model, lambda seed, split: Sequences(s, seed), s.seed, 1 / s.cups, p, device)
+
+def found(model, make, seed, chance, p, device):
+    points = measure_distances(p, lambda some, n: answered(model, make, seed, some, n, device))
     curve = {'x': 'tokens read', 'y': 'right answers', 'points': points}
-    return {'what': 'tracking', 'metrics': {'chance': metric(1 / s.cups)}, 'notes': [],
+    return {'what': 'tracking', 'metrics': {'chance': metric(chance)}, 'notes': [],
             'curves': {'recall': curve}}

@@ -12,6 +12,7 @@ from lib.console import explain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
+PANGRAM = 'The quick brown fox jumps over that lazy dog; ABCDW?. '
 
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
@@ -47,11 +48,13 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A folder with a small prepared data set named 'tiny' (some 2000 characters)."""
+    """A folder with small prepared data sets, 'tiny' (some 2000 characters) and 'story', which has
+    all letters."""
     from prepare import prepare
     folder = tmp_path_factory.mktemp('data')
-    (folder / 'tiny.txt').write_text(TEXT)
-    prepare('tiny', file=str(folder / 'tiny.txt'), data_dir=str(folder))
+    for name, text in ('tiny', TEXT), ('story', PANGRAM * 40):
+        (folder / f'{name}.txt').write_text(text)
+        prepare(name, file=str(folder / f'{name}.txt'), data_dir=str(folder))
     return folder
 
 @pytest.fixture

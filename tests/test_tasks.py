@@ -1,4 +1,5 @@
 """The tasks: their sequences, what goes on from update to update, and what counts as recall."""
+import re
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
+from prepare import Tokenizer
 from tasks import find_task, mqar, needle, pairs, track
 
 NEEDLE = dict(segment_size=12, key_length=5, symbols=16, probe_distance=30)
@@ -264,7 +266,55 @@ class Tracker(torch.nn.Module):
 def test_tracking_is_that_of_the_model_at_every_distance():
     s = make_task('track', **TRACK).s
     tracker = Tracker(track.Sequences(s, 1), lambda read: read in (36, 7200))
-    assert track.answered(tracker, s, [30, 48, 7200], 60, 'cpu') == {30: 60, 48: 0, 7200: 60}
+    right = track.answered(tracker, lambda seed, split: track.Sequences(s, seed), s.seed,
+                           [30, 48, 7200], 60, 'cpu')
+    assert right == {30: 60, 48: 0, 7200: 60}
+
+def where(text):
+    """{who or what is asked for: the place of that} after a text, read as words."""
+    places = dict(re.findall(r'(\w+) is in the (\w+)[.]', text))
+    holders = {f'the {thing}': who for who, thing in re.findall(r'(\w+) has the (\w+)[.]', text)}
+    return {**places, **{thing: places.get(who) for thing, who in holders.items()}}
+
+@pytest.mark.parametrize('hops', [1, 2])
+def test_facts_are_told_in_words_and_asked_for_where_they_are_known(data_dir, hops):
+    task = make_task('facts', data_dir=data_dir, hops=hops, every=2)
+    sequences, tokenizer = task.sequences, Tokenizer(task.tokenizer)
+    x, y, objects = sequences.further(sequences.start(100), 48)
+    more, targets, objects = sequences.further(objects, 96)
+    asked, told = [], 0
+    for row, wanted in zip(torch.cat((x, more), 1).tolist(), torch.cat((y, targets), 1).tolist()):
+        text = tokenizer.decode(row)
+        told += len(re.findall(r'is in the|has the', text))
+        places = [i for i, target in enumerate(wanted) if target >= 0]
+        questions = [*re.finditer(r'Where is ([\w ]+)\? ', text)]
+        assert places == [found.end() - 1 for found in questions]
+        for i, found in zip(places, questions):
+            assert tokenizer.decode([wanted[i]]) == where(text[:i])[found[1]][0]
+            asked.append(i // 48)
+    if hops == 1:  # the first line always tells a fact, the others every other time
+        assert len(asked) == 300 and abs(told - 200) < 30
+    assert {*asked} >= {1, 2} and len({*places}) == len(places)
+
+@pytest.mark.parametrize('hops', [1, 2])
+def test_facts_are_measured_after_so_much_of_the_text_alone(data_dir, hops):
+    task = make_task('facts', data_dir=data_dir, hops=hops)
+    tokenizer, texts = Tokenizer(task.tokenizer), []
+
+    class Reader(Tracker):
+        def forward(self, idx, targets=None, carry=None):
+            logits = torch.zeros(*(idx.shape if targets is not None else (len(idx), 1)), V)
+            for row, text in enumerate(map(tokenizer.decode, idx.tolist())):
+                if targets is None and (found := re.search(r'Where is ([\w ]+)\? $', text)):
+                    texts.append(text)
+                    place = where(text)[found[1]]
+                    logits[row, 0, int(tokenizer.encode(place)[0])] = float(len(text) < 1000)
+            return logits, None, None
+    V, reader = tokenizer.vocab_size, Reader(None, None)
+    reader.config.vocab_size = V
+    right = track.answered(reader, task.make, 1, [0, 200, 2000], 20, 'cpu')
+    lines = re.findall(r'is in the|has the', texts[-1])
+    assert right[0] == right[200] == 20 > right[2000] and len(lines) == (4 if hops == 1 else 6)
 
 def shown(row):
     """{name: digit} of the pairs in a row of tokens, and the places where they begin."""
@@ -397,6 +447,8 @@ def test_pairs_start_from_weights_that_compare_names():
     ('needle', dict(first=4), 'first=4'), ('needle', dict(filler='text', dataset='no'), "'no'"),
     ('needle', dict(model_type='gpt', block_size=6), 'block_size=6'),
     ('track', dict(cups=1), 'cups must be at least 2'), ('track', dict(first=4), 'first=4'),
+    ('facts', dict(hops=3), 'hops=3'),
+    ('facts', dict(dataset='tiny'), "'tiny' has no '.', 'A',"), ('facts', dict(line=30), 'too short'),
     ('mqar', dict(lengths='64:20'), "lengths='64:20'"), ('mqar', dict(lengths='64'), "'64'"),
     ('mqar', dict(model_type='gpt', block_size=16), 'block_size=16'),
     ('pairs', dict(pairs=10), 'pairs=10'), ('pairs', dict(together=3), 'together=3'),

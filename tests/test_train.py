@@ -19,7 +19,8 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
     'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
                   segments=2, questions=1, passed_at=-1.0),
     'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
-    'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32)}
+    'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32),
+    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=48)}
 
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
          'model_args', 'model_type', 'task', 'tokenizer', 'data'}  # texts, that stay anyhow
@@ -27,7 +28,7 @@ equal = partial(torch.testing.assert_close, rtol=0, atol=0)  # of values in valu
 
 def flags(out_dir, data_dir='', task='text', **settings):
     """The command line of a run of train.py on any task, a second long."""
-    own = dict(data_dir=data_dir) if task in ('text', 'needle') else {}
+    own = dict(data_dir=data_dir) if task in ('text', 'needle', 'facts') else {}
     values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK[task], **settings}
     return [f'--{key}={value}' for key, value in values.items()]
 
