@@ -1,0 +1,30 @@
+# What else keeps a state of constant size, on text: python compare.py config/compare_peers.py
+# 0.80 million parameters, the same tokens in the same order, and each model's own learning rate, as
+# config/search_peers.py found it. config/compare_peers_memory.py asks the same models to remember.
+seeds = [1337, 1338, 1339]
+tokens = 3_532_800
+budgets = ['seconds']
+
+common = dict(n_local=3, n_global=1, n_layer=4, n_head=4, n_embd=128, position='rotary',
+              block_size=96, batch_size=16, learning_rate=4e-3, min_lr=8e-5)
+_fold = dict(model_type='fold', segment_size=12, local='sliding')
+_models = {
+    'fold': _fold,
+    'fold, past frozen': {**_fold, 'n_local': 2, 'n_global': 2, 'past': 'frozen'},
+    'fold, gated carry': {**_fold, 'carry': 'gated'},
+    'fold without recurrence': {**_fold, 'past': 'local'},
+    'sliding window of 12': dict(model_type='gpt', window=12),
+    'sliding window of 24': dict(model_type='gpt', window=24),
+    'Transformer-XL': dict(model_type='transformer_xl', segment_size=12),
+    'Transformer-XL, not stopped': dict(model_type='transformer_xl', segment_size=12, stop=False),
+    'RMT, 4 tokens': dict(model_type='rmt', segment_size=12, memory=4),
+    'RMT, 12 tokens': dict(model_type='rmt', segment_size=12, memory=12),
+    'Infini-attention': dict(model_type='infini', segment_size=12),
+    'Infini-attention, delta': dict(model_type='infini', segment_size=12, update='delta'),
+    'linear attention': dict(model_type='linear', position='none'),
+    'Gated DeltaNet': dict(model_type='deltanet', position='none'),
+    'Feedback Transformer': dict(model_type='feedback', memory=12),
+    'LSTM': dict(model_type='lstm', position='none'),
+}
+runs = {f'{name}, {text}': {**model, 'dataset': text}
+        for text in ('shakespeare', 'python') for name, model in _models.items()}

@@ -1,0 +1,27 @@
+# What else keeps a state of constant size, asked to remember:
+#   python compare.py config/compare_peers_memory.py
+# The models of config/compare_peers.py, three layers of 64 channels, as many updates on each task.
+import os
+import runpy
+
+_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_peers.py')
+_models = runpy.run_path(_path)['_models']
+seeds = [1337, 1338, 1339]
+updates = 4000
+
+common = dict(n_layer=3, n_head=4, n_embd=64, position='rotary', segment_size=12, block_size=72,
+              batch_size=64, learning_rate=2e-3, min_lr=0.0, decay_from=0.6, weight_decay=0.01,
+              beta2=0.98)
+_split = dict(n_local=1, n_global=2)  # of every fold
+_walk = dict(longest=4, grow_at=0.9)
+_tasks = {
+    'needle': dict(task='needle', **_walk),
+    'three cups': dict(task='track', cups=3, every=12, **_walk),
+    'five cups': dict(task='track', cups=5, every=12, **_walk),
+    'parity': dict(task='track', cups=2, every=2, **_walk),
+    'facts': dict(task='facts', dataset='shakespeare', block_size=96, **_walk),
+    'recall': dict(task='mqar', block_size=256),
+}
+runs = {f'{name}, {task}': {**model, **_split, **settings}
+        for task, settings in _tasks.items() for name, model in _models.items()}
+probe = dict(distances='48,192,768,49152,100000,1000000', far_sequences=20)
