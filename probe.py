@@ -6,8 +6,9 @@
 Text: the loss of the validation split. Context curve: the loss of the tokens of a segment if all
 but the c tokens before it is taken away. Preserved context: the largest c beyond which history is
 still worth 0.005 nats per token. Remote co-occurrence: the loss of a word with and without the one
-place where it stood last. Needle, track: right answers against distance. Pairs, mqar: against their
-number.
+place where it stood last. Copying: the loss of a word but its first character, with that place and
+with another word in it. Needle, track, facts: right answers against distance. Pairs, mqar: against
+their number.
 """
 import lib.start  # noqa: F401 (before torch)
 import os
@@ -41,8 +42,8 @@ histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a 
                     # to whole segments; the last is the reference
 segment = 12        # tokens of a target segment, where the model has no segments of its own
 targets = 2000      # segments that are scored under every history, evenly spread over the text
-words = 400         # words scored in every bin of remote co-occurrence
-bins = '12,24,48,96,150,288'  # borders of these bins, tokens back to where the word stood last
+words = 400         # words scored in every bin of remote co-occurrence and of copying
+bins = '12,24,48,96,150,336,1000'  # borders of these bins, tokens back to where the word stood last
 stretches = 100     # contiguous parts of the text that the bootstrap draws from
 resamples = 2000    # bootstrap samples
 # needle, track, pairs and mqar

@@ -20,7 +20,7 @@ def probe_text(model, saved, p, device):
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
     tokens, found = open_text(saved, p)
     lengths, starts, borders = chosen = plan(len(tokens), size, p)
-    far_words = 2 * p.words * sum(borders)
+    far_words = 3 * p.words * sum(borders)
     progress = Progress('loss', len(tokens) + len(starts) * sum(lengths) + far_words)
     losses = token_losses(model, tokens.to(device), progress.at)
     mean, error = mean_and_error(losses)
@@ -80,7 +80,7 @@ def measure(score, tokens, size, chosen, found, p):
     losses = {c: score(tokens[starts[:, None] + torch.arange(-c, size + 1)], size)
               for c in lengths}  # (M, size) each: of the same tokens
     worth = {c: losses[c] - losses[lengths[-1]] for c in lengths[:-1]}
-    words = co_occurrence(score, tokens, found, borders, size, p.words)
+    words, copies = words_by_distance(score, tokens, found, borders, size, p.words)
     generator = torch.Generator().manual_seed(p.seed)
 
     def curve(x, y, values):
@@ -90,7 +90,9 @@ def measure(score, tokens, size, chosen, found, p):
     history, back = 'tokens of history before the segment', 'tokens back to the last occurrence'
     return {'context curve': curve(history, 'nats per token', losses),
             'worth of longer history': curve(history, 'nats per token', worth),
-            'remote co-occurrence': curve(back, 'nats per word, with it minus without', words)}
+            'remote co-occurrence': curve(back, 'nats per word, with it minus without', words),
+            'copying': curve(back, 'nats of a word but its first character, with it minus with '
+                             'another word in its place', copies)}
 
 def bootstrap(values, stretches, resamples, generator):
     """Mean of values (M,) or (M, n) in the order of the text, and its 95 % interval, from
@@ -102,43 +104,57 @@ def bootstrap(values, stretches, resamples, generator):
     return {'value': rows.mean().item(), 'low': low, 'high': high, 'n': values.numel()}
 
 def recurrences(tokens, tokenizer):
-    """(place, length, distance) of each word that was there before, `distance` tokens back. A word
-    is a token that holds a letter or, where tokens are characters, a WORD."""
+    """(place, length, distance, other) of each word that was there before, `distance` tokens back;
+    other is the place of the word of its length that was there last, or -1. A word is a token that
+    holds a letter or, where tokens are characters, a WORD."""
     if tokenizer.spec['kind'] == 'char':
         text = tokenizer.decode(tokens.tolist())
         words = [(match.start(), match.group()) for match in re.finditer(WORD, text)]
     else:
         lettered = {i for i in set(tokens.tolist()) if any(map(str.isalpha, tokenizer.decode([i])))}
         words = [(place, (i,)) for place, i in enumerate(tokens.tolist()) if i in lettered]
-    last, found = {}, []
+    seen, found = {}, []  # seen: {length: {word: place}}, the last one last
     for place, word in words:
-        if word in last:
-            found.append((place, len(word), place - last[word]))
-        last[word] = place
+        alike = seen.setdefault(len(word), {})
+        if word in alike:
+            other = next((alike[some] for some in reversed(alike) if some != word), -1)
+            found.append((place, len(word), place - alike.pop(word), other))
+        alike[word] = place
     return found
 
-def co_occurrence(score, tokens, found, borders, size, count):
-    """{low: nats (K,)} of words whose last occurrence is low <= d < high tokens back, at most
-    `count`: the loss with a history from just before that occurrence on, minus the loss with one
-    that begins after it, both in whole segments."""
-    place, n, d = torch.tensor(found, dtype=torch.int64).view(-1, 3).T
+def words_by_distance(score, tokens, found, borders, size, count):
+    """Of words whose last occurrence is low <= d < high tokens back, at most `count`, {low: nats
+    (K,)} twice. Remote co-occurrence: the loss with a history from just before that occurrence on,
+    minus the loss with one that begins after it, both in whole segments. Copying: the loss of all
+    but the first token, minus that with another word of as many tokens written over it."""
+    place, n, d, other = torch.tensor(found, dtype=torch.int64).view(-1, 4).T
     there, absent = ((place - d - 1) // size).clamp(min=0), (place - d + n - 1) // size + 1
     fits = (n <= size) & (absent * size < place) & (place + 2 * size < len(tokens))
-    bins = {}
+    bins, copies = {}, {}
     for low, high in zip(borders, borders[1:]):
         k = (fits & (low <= d) & (d < high)).nonzero()[:, 0]
         k = k[::max(1, -(-len(k) // count))]
         known, unknown = (word_losses(score, tokens, place[k], n[k], first[k] * size, size)
                           for first in (there, absent))
-        bins[low] = known - unknown
-    return bins
+        bins[low] = (known - unknown).sum(dim=1)
+        k, known = (some[(n[k] > 1) & (other[k] >= 0)] for some in (k, known))
+        written = word_losses(score, tokens, place[k], n[k], there[k] * size, size,
+                              (place - d)[k], other[k])
+        copies[low] = (known - written)[:, 1:].sum(dim=1)
+    return bins, copies
 
-def word_losses(score, tokens, place, n, start, size):
-    """The loss of words of n (K,) tokens at place (K,), given the text from start (K,) on: (K,)."""
-    segment, losses = (place - 1) // size * size, torch.zeros(len(place), dtype=torch.float64)
+def word_losses(score, tokens, place, n, start, size, over=None, other=None):
+    """The losses of words of n (K,) tokens at place (K,), given the text from start (K,) on, (K,
+    size), 0 beyond n; the word at over (K,) being overwritten by the one at other (K,)."""
+    segment, losses = (place - 1) // size * size, torch.zeros(len(place), size).double()
     for length in (segment - start).unique().tolist():  # words with equally much history
         k = (segment - start == length).nonzero()[:, 0]
-        rows = tokens[start[k, None] + torch.arange(length + 2 * size + 1)]
-        at = segment[k, None] + torch.arange(1, 2 * size + 1) - place[k, None]
-        losses[k] = (score(rows, 2 * size) * ((at >= 0) & (at < n[k, None]))).sum(dim=1)
+        at = start[k, None] + torch.arange(length + 2 * size + 1)
+        if over is not None:
+            inside = at - over[k, None]
+            own = (inside >= 0) & (inside < n[k, None])
+            at = torch.where(own, other[k, None] + inside, at)
+        nats = score(tokens[at], 2 * size)  # of the targets from segment + 1 on
+        first = (place - segment - 1)[k, None] + torch.arange(size)
+        losses[k] = nats.gather(1, first) * (torch.arange(size) < n[k, None])
     return losses

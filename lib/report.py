@@ -137,7 +137,10 @@ def write(record, folder):
             table(runs, columns_of('worth of longer history', runs, INTERVAL)),
             '## Remote co-occurrence', 'Nats of a word with its last occurrence minus without it, '
             'by the least number of tokens between, with 95 % intervals:',
-            table(runs, columns_of('remote co-occurrence', runs, INTERVAL))]
+            table(runs, columns_of('remote co-occurrence', runs, INTERVAL)),
+            '## Copying', 'Nats of a word but its first character, with its last occurrence minus '
+            'with another word of its length in that place, as above:',
+            table(runs, columns_of('copying', runs, INTERVAL))]
     if asked:
         sections += ['## Right answers', table(asked, columns_of('recall', asked, '{@|.3f}')),
                      '![](recall.png)']

@@ -20,7 +20,7 @@ def measure(score, tokens, **changes):
     """{curve: {x: point}}; every third token is a word."""
     p, last, found = SimpleNamespace(**{**P, **changes}), {}, []
     for place, token in list(enumerate(tokens.tolist()))[::3]:
-        found += [(place, 1, place - last[token])] if token in last else []
+        found += [(place, 1, place - last[token], -1)] if token in last else []
         last[token] = place
     curves = history.measure(score, tokens, SIZE, history.plan(len(tokens), SIZE, p), found, p)
     return {name: {point['x']: point for point in some['points']} for name, some in curves.items()}
@@ -51,13 +51,35 @@ def test_preserved_context_asks_for_a_gain_of_some_size(monkeypatch):
 
 def test_words_at_other_distances_gain_nothing_from_a_lag():
     tokens, borders = torch.randint(V, (3000,)), [12, 18, 24, 30]
-    found = [(place, 1, d) for place in range(200, 2900, 7) for d in (14, 20, 26)]
-    for gain in history.co_occurrence(knows_the_lag, tokens, found, borders, SIZE, 100).values():
+    found = [(place, 1, d, -1) for place in range(200, 2900, 7) for d in (14, 20, 26)]
+    gains = history.words_by_distance(knows_the_lag, tokens, found, borders, SIZE, 100)[0]
+    for gain in gains.values():
         assert 50 < len(gain) <= 100 and not gain.any()
-    found = [(500, 2, LAG), (504, 1, 6)]  # the latter without a cut between: not before segment 84
-    gains = history.co_occurrence(knows_the_lag, tokens, found, [6, 7, LAG, 34], SIZE, 9)
+    found = [(500, 2, LAG, 9), (504, 1, 6, 9)]  # the latter without a cut between: not before 504
+    gains, _ = history.words_by_distance(knows_the_lag, tokens, found, [6, 7, LAG, 34], SIZE, 9)
     assert gains[LAG].tolist() == pytest.approx([-2 * math.log(LAG)])  # both tokens of the word
     assert not len(gains[6]) and not len(gains[7])
+
+def copies_at_the_lag(rows, n):
+    """The best predictor of a text whose tokens come back LAG later, if it sees so far."""
+    losses, seen = torch.full((len(rows), n), math.log(V)).double(), min(n, rows.size(1) - LAG)
+    if seen > 0:
+        same = rows[:, -seen:] == rows[:, -seen - LAG:rows.size(1) - LAG]
+        losses[:, -seen:] = torch.where(same, 0.0, 9.0)
+    return losses
+
+@pytest.mark.parametrize('score, worth', [(copies_at_the_lag, 2 * 9.0),
+                                          (lambda rows, n: rows[:, -n:].double(), 0.0)])
+def test_copying_is_there_at_the_lag_and_nowhere_else(score, worth):
+    """Words of three tokens, LAG back and at other distances; another is written over them."""
+    tokens = torch.randperm(LAG).repeat(100)[:3000]
+    found = [(place, 3, d, place - 100) for place in range(200, 2900, 7) for d in (14, 20, LAG, 45)]
+    copies = history.words_by_distance(score, tokens, found, [12, 18, 24, LAG, 34, 48], SIZE, 50)[1]
+    for low, gain in copies.items():
+        assert (len(gain) > 30) == (low != 24)
+        assert gain.tolist() == pytest.approx([-worth * (low == LAG)] * len(gain))
+    none = [(500, 1, LAG, 9), (507, 3, LAG, -1)]  # no second token; no word that could be written
+    assert not len(history.words_by_distance(score, tokens, none, [LAG, 34], SIZE, 9)[1][LAG])
 
 @pytest.mark.parametrize('window', [SIZE, 2 * SIZE])
 def test_a_gpt_shows_nothing_beyond_its_window(window):
@@ -72,7 +94,7 @@ def test_a_fold_is_not_blind_there():
     model = make(block_size=4 * SIZE, segment_size=SIZE)
     curves = measure(partial(last_losses, model), torch.randint(V, (2000,)))
     values = [point['value'] for curve in curves.values() for point in curve.values()]
-    assert len(values) == 10 + 9 + 4 and all(values)
+    assert len(values) == 10 + 9 + 4 and all(values)  # a curve without points has none to copy
 
 def test_every_history_is_that_of_the_same_segments():
     tokens, seen = torch.arange(5000), []
@@ -98,9 +120,9 @@ def test_the_bootstrap_draws_whole_stretches():
 def test_words_and_where_they_stood_last():
     letters = SimpleNamespace(spec={'kind': 'char'}, decode=lambda ids: ''.join(map(chr, ids)))
     tokens = torch.tensor(list(b'the cat, the dog2 x_1 the x_1'))
-    assert history.recurrences(tokens, letters) == [(9, 3, 9), (22, 3, 13), (26, 3, 8)]
+    assert history.recurrences(tokens, letters) == [(9, 3, 9, 4), (22, 3, 13, 18), (26, 3, 8, 22)]
     pieces = SimpleNamespace(spec={'kind': 'gpt2'}, decode=lambda ids: ['the', ', ', 'cat'][ids[0]])
-    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces) == [(3, 1, 3)]
+    assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces) == [(3, 1, 3, 1)]
 
 SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
 
