@@ -21,6 +21,7 @@ block_size = 96
 batch_size = 16
 learning_rate = 4e-3
 min_lr = 8e-5
+weight_decay = 0.3
 max_iters = 2300
 eval_interval = 1150
 log_interval = 25

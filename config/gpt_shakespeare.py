@@ -1,5 +1,6 @@
 # The GPT beside config/fold_shakespeare.py: its window is the fold's segment; parameters, tokens
-# and seed are the same; text is drawn in stretches of 96 characters, cut into windows.
+# and seed are the same; text is drawn in stretches of 96 characters, cut into windows. Its weight
+# decay and warm-up were searched as the fold's were (config/search_shakespeare.py).
 out_dir = 'out/gpt_shakespeare'
 dataset = 'shakespeare'
 offline_dataset = 'python'  # as in config/fold_shakespeare.py
@@ -15,6 +16,8 @@ batch_size = 128
 stretch = 96
 learning_rate = 4e-3
 min_lr = 8e-5
+weight_decay = 0.3
+warmup_iters = 300
 max_iters = 2300
 eval_interval = 1150
 log_interval = 25
