@@ -252,6 +252,9 @@ check(s)
 machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
 stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
+alike = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
+require(all(other == alike for other in processes.from_all(alike)), 'the processes have different '
+        'settings or checkpoints: give all the same command, and every machine the same file')
 from_writer(lambda: open_folder(s))
 if device == 'cpu':
     s = s.replace(products=machine.choose_products(s.products))

@@ -66,21 +66,20 @@ def my_share(rows):
     """The part of the rows of a batch that this process computes."""
     return rows.chunk(WORLD)[RANK]
 
-def from_writer(make):
-    """What make() returns in the one process that writes; all get it, and wait for it. If it raises
-    SystemExit or OSError there, the others end as well, without a word."""
-    if WORLD == 1:
-        return make()
-    box, error = [None, True], None
-    if RANK == 0:
+def from_writer(make, each_machine=False):
+    """What make() returns in the one process that writes, or in the first of each machine; all get
+    it, and wait for it. If it raises SystemExit or OSError there, the others end as well, without a
+    word."""
+    box, error = None, None
+    if (LOCAL_RANK if each_machine else RANK) == 0:
         try:
-            box = [make(), False]
+            box = [make()]
         except (SystemExit, OSError) as refused:
-            error = refused
-    dist.broadcast_object_list(box)
-    if box[1]:
+            box, error = [], refused
+    boxes = from_all(box)
+    if [] in boxes:
         raise error or SystemExit(1)
-    return box[0]
+    return boxes[RANK - LOCAL_RANK if each_machine else 0][0]
 
 def from_all(value):
     """The values of all processes, in their order."""

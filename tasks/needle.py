@@ -19,12 +19,12 @@ from configurator import at_least, one_of
 from lib.console import Progress, require, say
 from lib.gradients import to_device
 from lib.memory import PER_READ, RandomSequences, WalkingTask, interval, measure_distances
-from lib.processes import RANK, from_writer
+from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
 from lib.streaming import new_state, read_
 from prepare import Tokenizer, read_text
-from tasks.text import open_data
+from tasks.text import on_all_machines, open_data
 
 filler = 'symbols'      # 'symbols' (random ones) or 'text' (stretches of a prepared data set)
 symbols = 16            # different filler symbols
@@ -99,7 +99,7 @@ def make_sequences(s, split, seed):
 
 def read_split(s, split):
     """The ids of a split of the data set (N,), and its meta."""
-    folder, meta = from_writer(lambda: open_data(s, s.dataset))
+    folder, meta = on_all_machines(lambda: open_data(s, s.dataset))
     ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
     return torch.from_numpy(ids.astype(np.int64)), meta
 

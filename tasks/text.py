@@ -48,6 +48,15 @@ def find_data(s):
             f"{'!' * 80}")
         return s.offline_dataset, *open_data(s, s.offline_dataset)
 
+def on_all_machines(find):
+    """What find() returns on this machine, a folder and its meta at the end of it. Raises
+    SystemExit if the data set of another machine is not the same."""
+    *_, folder, meta = found = from_writer(find, each_machine=True)
+    files = from_all(meta['files'])
+    require(files.count(files[0]) == WORLD, f'{folder} is not the same on all machines, by the '
+            f"SHA-256 of its files: copy the first one's")
+    return found
+
 def split_documents(x, y, border):
     """Tokens and targets x, y (B, T), each document in a row of its own: (more rows, at most T),
     the short ones padded at their ends, with targets of -1."""
@@ -72,7 +81,7 @@ class Task:
         require(not (s.stretch and s.stream), 'stream=True reads in order: set stretch=0')
         require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} '
                 f'sequences equally, in stretches of {span} tokens')
-        name, folder, meta = from_writer(lambda: find_data(s))
+        name, folder, meta = on_all_machines(lambda: find_data(s))
         self.s, self.tokenizer, self.span = s, meta['tokenizer'], span
         self.data = {'dataset': name, 'wanted': s.dataset, 'sha256': meta['sha256']}
         self.sizes, self.border = {'vocab_size': meta['vocab_size']}, -1

@@ -1,6 +1,7 @@
 """Several processes learn like one, stop as one, and resume."""
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,15 +14,16 @@ from test_train import assert_same_runs, flags, load, records, starter
 SCRIPT = os.path.join(ROOT, 'train.py')
 train = pytest.fixture(starter)
 
-def start(words):
-    """Two processes as torchrun starts them, at half its cost."""
+def start(words, others=None):
+    """Two processes as torchrun starts them, at half its cost: on two machines if the second has
+    other words."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         group = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
                      MASTER_PORT=str(free.getsockname()[1]))
-    return [subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.PIPE, env={**group, 'RANK': n, 'LOCAL_RANK': n})
-            for n in '01']
+    return [subprocess.Popen([sys.executable, SCRIPT, *own], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env={**group, 'RANK': n, 'LOCAL_RANK': local})
+            for n, own, local in zip('01', (words, others or words), '00' if others else '01')]
 
 def finish(processes, code=0):  # what they print on standard error
     try:
@@ -46,6 +48,33 @@ def test_two_processes_by_torchrun_learn_like_one(train, data_dir, tmp_path):
     assert done.stdout.count('iter 12: loss') == 1 and '2 processes' in done.stdout
     assert (tmp_path / 'two' / 'loss.png').stat().st_size > 1000
     assert_close_runs(tmp_path / 'one', tmp_path / 'two', 12)
+
+def test_two_machines_learn_from_their_own_copies_of_the_data(train, data_dir, tmp_path):
+    """Two agents of torchrun that meet on the loopback interface; one of them writes."""
+    settings = dict(dropout=0.0, max_iters=6, threads=1)
+    train(out_dir=tmp_path / 'one', **settings)
+    shutil.copytree(data_dir, tmp_path / 'copy')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
+    agents = [subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+         '--rdzv-backend=c10d', f'--rdzv-endpoint={endpoint}', SCRIPT,
+         *flags(tmp_path / name, data, **settings)], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE) for name, data in (('a', data_dir), ('b', tmp_path / 'copy'))]
+    finish(agents)
+    written = [name for name in 'ab' if (tmp_path / name).exists()]
+    assert len(written) == 1
+    assert_close_runs(tmp_path / 'one', tmp_path / written[0], 6)
+
+def test_machines_with_other_data_or_settings_end_in_a_line(data_dir, tmp_path):
+    shutil.copytree(data_dir / 'story', tmp_path / 'other' / 'tiny')
+    for other, words in ((dict(data_dir=tmp_path / 'other'), 'is not the same on all machines'),
+                         (dict(data_dir=tmp_path / 'none'), 'needs a text'),
+                         (dict(data_dir=data_dir, max_iters=9), 'have different settings')):
+        own = flags(tmp_path / 'out', data_dir, max_iters=8)
+        errors = finish(start(own, flags(tmp_path / 'out', **{'max_iters': 8, **other})), code=1)
+        assert words in errors[1] and all(error.count('\n') <= 1 for error in errors), errors
 
 def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
     """Beyond the end of the corpus, where a row goes on at its start."""
