@@ -32,7 +32,7 @@ from tasks import find_task
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
 out_dir = ''         # folder of the runs and the report; '' is out/NAME of the comparison file
-jobs = 2             # runs at a time
+jobs = 0             # runs at a time; 0 is one on a GPU, two on a CPU
 threads = 1          # CPU threads of each
 seeds = ''           # in place of the file's, separated by commas
 quick = False        # a few updates a run and small probes, in folders of their own
@@ -278,9 +278,9 @@ async def work_on(s, runs):
         raise SystemExit('stopped; the same command goes on from here')
 
 def main(s):
-    at_least(s, jobs=1, threads=0)
+    at_least(s, jobs=0, threads=0)
     set_threads(s.threads)
-    pick_device(s.device)
+    s = s.replace(jobs=s.jobs or (2 if pick_device(s.device) == 'cpu' else 1))
     require(not s.record or not (s.quick or s.only),
             'no --record with --quick or --only: results/ is for whole comparisons')
     c = read_comparison(s.comparison)
