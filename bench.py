@@ -142,19 +142,15 @@ def make_side(side, size, T, s):
         n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
         vocab_size=s.vocab_size)), way
 
-def train_side(what, side, size, T, settings):
-    """The 'speed' of a side: tokens per second, the median of the rounds, seconds until these
-    begin, the peak in MB, and what is compiled. Or the peaks of its 'memory' in MB, before and
-    after updates: several of short ones, as the second takes more."""
-    s, begin = Settings(settings), time.perf_counter()
-    machine.set_up(s.device, s.threads, s.products)
+def make_updates(side, size, T, s, tried=1):
+    """updates(n), which trains a side for n updates, and compiled(), what is compiled by then;
+    tried: rows on which kernels are tried out."""
     torch.manual_seed(s.seed)
     model, way = make_side(side, size, T, s)
     half = machine.takes_bfloat16('auto', s.device)
     compile = machine.choose_compile(s.compile, s.device, machine.LONG)
-    B = s.batch_size if what == 'speed' else 1  # what is tried out counts as memory
     with torch.autocast(s.device.split(':')[0], torch.bfloat16, half) as autocast:
-        compile = machine.compile_blocks(model.to(s.device), compile, s.device, B)
+        compile = machine.compile_blocks(model.to(s.device), compile, s.device, tried)
     graphs = Graphs() if compile == 'graph' else None
     optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99), s.device)
     for p in model.parameters():
@@ -171,15 +167,24 @@ def train_side(what, side, size, T, settings):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    return updates, lambda: 'off' if graphs and not (graphs.works and graphs.graphs) else compile
+
+def train_side(what, side, size, T, settings):
+    """The 'speed' of a side: tokens per second, the median of the rounds, seconds until these
+    begin, and what is compiled. Or the peaks of its 'memory' in MB, before and after updates:
+    several of short ones, as the second takes more."""
+    s, begin = Settings(settings), time.perf_counter()
+    machine.set_up(s.device, s.threads, s.products)
     if what == 'memory':
+        updates, _ = make_updates(side, size, T, s)
         before = machine.peak_mb(s.device)
         updates(max(1, 1536 // T))
         return float(before), float(machine.peak_mb(s.device))
+    updates, compiled = make_updates(side, size, T, s, s.batch_size)
     rate(1, s.device, updates, s.steps)  # warms up
     ready = time.perf_counter() - begin
     rates = [rate(s.steps * s.batch_size * T, s.device, updates, s.steps) for _ in range(s.rounds)]
-    compile = 'off' if graphs and not (graphs.works and graphs.graphs) else compile
-    return statistics.median(rates), ready, machine.peak_mb(s.device), compile
+    return statistics.median(rates), ready, compiled()
 
 def in_process(*job):
     """train_side() in a new process. Raises SystemExit, in one line, if that fails or is killed."""
@@ -204,7 +209,7 @@ def measure_speed(s):
             metrics[f'{size} {side}, tokens per second'] = median(rates[side])
             metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
             metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
-            _, ready, _, compiled = zip(*found[side])
+            _, ready, compiled = zip(*found[side])
             metrics[f'{size} {side}, seconds to start'] = median(ready)
             notes.append(f"{size} {side}: compiled: {', '.join(sorted({*compiled}))}")
         yield metrics, {}, ['medians of the starts, whose rates are medians of rounds', *notes]
