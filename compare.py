@@ -24,7 +24,7 @@ from subprocess import PIPE, Popen
 from configurator import at_least, configure, defaults_of, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, count, require, say
-from lib.device import pick_device, set_threads
+from lib.device import choose_compile, pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
@@ -213,6 +213,8 @@ async def calibrate(s, c, folder):
     async def one(name):
         settings, update = settings_of(c, name)
         n, where = max(6, tokens // update), folder_of(folder, 'calibration', name)
+        settings['compile'] = choose_compile(settings.get('compile', 'auto'),  # of the long run
+                                             pick_device(s.device), c['tokens'] // update)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
                  'eval_tokens': 2000, 'overwrite': True, 'data_dir': s.data_dir}
         try:

@@ -92,8 +92,8 @@ log_interval = 10           # updates between log lines
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
 dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 where a GPU has it
 products = 'auto'           # of float32 on a CPU: 'torch', 'onednn' (faster on AMD), 'auto'
-compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'graph', on CUDA alone:
-                            # a micro-step as one graph as well; 'auto': kernels, if it is long
+compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'graph', these and, on
+                            # CUDA, a micro-step as one graph; 'auto', kernels of a long run there
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
 # of a resumed run: what stays as it was beside the model, and what is of this call alone

@@ -16,6 +16,7 @@ LONG = 5000  # updates of a run that is worth the minutes of compiling, by estim
 def pick_device(device='auto'):
     """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device
     that is not."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in recurrent layers too
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'

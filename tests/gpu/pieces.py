@@ -8,7 +8,8 @@ import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
@@ -99,8 +100,10 @@ def captured():
            {'apart': 1e-3, 'the same again': 1})
     hook = model.register_forward_hook(lambda model, inputs, found: found[1].item() and None)
     torch.manual_seed(0)
-    loss, _ = gradient(model, tokens, step=Graphs())
+    with redirect_stderr(StringIO()) as told:
+        loss, _ = gradient(model, tokens, step=Graphs())
     hook.remove()
+    assert 'does not work here' in told.getvalue()
     torch.manual_seed(0)
     report('where capturing fails', {'apart': abs(loss / gradient(model, tokens)[0] - 1)},
            {'apart': 1e-3})
