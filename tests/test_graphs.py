@@ -11,6 +11,7 @@ from lib.contract import blank_carry
 from lib.device import LONG, choose_compile, compile_blocks, takes_bfloat16
 from lib.gradients import backpropagate
 from lib.graphs import MOST, Graphs
+from lib.records import load_record
 from lib.rows import rowwise
 
 train = pytest.fixture(starter)
@@ -139,6 +140,8 @@ def test_a_run_with_captured_updates_has_the_weights_of_one_without(
     done = train(**settings)
     assert done.code == 0 and 'compiled: graph' in done.out and stands[0].replayed > 20, done.err
     equal(*(load(tmp_path / name / 'last.pt')['model'] for name in ('plain', 'out')))
+    made = load_record(tmp_path / 'out' / 'record.json')
+    assert made['settings']['compile'] == 'graph'
 
 @pytest.mark.parametrize('settings', [dict(recompute=True), dict(task='needle'),
                                       dict(document='\n')])

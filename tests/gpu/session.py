@@ -20,13 +20,14 @@ from contextlib import suppress
 from glob import glob
 from importlib.util import find_spec
 
-from pieces import BATCHES, BEGUN, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
+from pieces import BATCHES, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
 from steps import COMPARISON, NEEDED, PIECES, gradient_chains, smoke_chains
 
 from lib.contract import flops_per_token
 from lib.records import ROOT, make_record, metric, save_record
 
 BUDGET = float(os.environ.get('BUDGET') or (290 if TINY else 520))
+BEGUN = float(os.environ.get('BEGUN') or time.time())
 OUT = os.environ.get('OUT') or os.path.join(ROOT, 'out', 'gpu_session')
 CORPUS = os.environ.get('CORPUS', '')
 PARTS = (os.environ.get('PARTS') or 'smoke,gradients,speed,train').split(',')
@@ -40,13 +41,13 @@ alive, lock, record = set(), threading.Lock(), {}
 
 def left(until=BUDGET):
     """Seconds until then; none once the session is stopped."""
-    return min(until, BUDGET) - (time.monotonic() - BEGUN)
+    return min(until, BUDGET) - (time.time() - BEGUN)
 
 def note(name, result, reason='', seconds=None):
     """Tell and keep the result of a check: ok, FAILED, skipped or not measured."""
     with lock:
         record['checks'][name] = {'result': result, 'reason': reason, 'seconds': seconds}
-        begun, why = time.monotonic() - BEGUN, f': {reason}' if reason else ''
+        begun, why = time.time() - BEGUN, f': {reason}' if reason else ''
         print(f'[{begun:4.0f} s] {result:<12} {name}{why}', flush=True)
         save_record(os.path.join(OUT, 'session.json'), record)
 

@@ -7,6 +7,7 @@
 # TINY=1          the same steps at tiny sizes on the CPU, to try the script itself (BUDGET 290)
 # PYTHON=path     one with torch and numpy (the first that is found); nothing is downloaded
 set -u
+export BEGUN=$(date +%s)
 export CORPUS=${CORPUS:-data/shakespeare.txt}
 export OUT=${OUT:-out/gpu_session} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # many processes side by side; TINY's are one after another, and cheap to start
@@ -14,8 +15,9 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=$([ -n "${TINY:-}" ] && e
 [ -f "$CORPUS" ] || { echo "error: no text at CORPUS=$CORPUS: name a copy of tiny Shakespeare"; exit 2; }
 CORPUS=$(realpath "$CORPUS")
 mkdir -p "$OUT" && OUT=$(realpath "$OUT") || exit 2
+found='from importlib.util import find_spec; assert find_spec("torch") and find_spec("numpy")'
 for python in "${PYTHON:-}" python3 python; do
-    [ -n "$python" ] && "$python" -c 'import torch, numpy' 2> /dev/null && break
+    [ -n "$python" ] && "$python" -c "$found" 2> /dev/null && break
     python=
 done
 [ -n "$python" ] || { echo 'error: no python with torch and numpy: name one by PYTHON=path'; exit 2; }
