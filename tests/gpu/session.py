@@ -243,7 +243,7 @@ def trainings(work, until):
                     'dataset': DATASET}
         words = [f'--{key}={value}' for key, value in settings.items()]
         code, lines = call(['train.py', *words], left(until) - 12)
-        keep_training(name, folder, n, f'exit code {code}: {lines[-1][:150]}')
+        keep_training(name, folder, n, code, lines[-1][:150])
     if TINY:
         for name in SIDES:
             train(name)
@@ -251,7 +251,7 @@ def trainings(work, until):
     with ThreadPoolExecutor(len(SIDES)) as pool:
         list(pool.map(train, SIDES))
 
-def keep_training(name, folder, n, ended):
+def keep_training(name, folder, n, code, last):
     """Keep the losses of a run, as far as it came."""
     log = []
     with suppress(OSError, ValueError), open(f'{folder}/log.jsonl') as f:
@@ -259,7 +259,7 @@ def keep_training(name, folder, n, ended):
     points = [{'x': line['tokens'], 'value': line['val_loss']}
               for line in log if 'val_loss' in line]
     if not points:
-        note(f'train {name}', 'FAILED', ended)
+        note(f'train {name}', 'not measured' if code is None else 'FAILED', last)
         return
     best = min(point['value'] for point in points)
     record['curves'][f'validation loss, {name}'] = {
