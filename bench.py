@@ -22,6 +22,7 @@ from lib.console import Progress, require, say
 from lib.contract import adamw, flops_per_token, make_model, unit
 from lib.files import RECORD, check_place
 from lib.gradients import backpropagate
+from lib.graphs import Graphs
 from lib.records import ROOT, make_record, metric, place, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
 
@@ -97,7 +98,7 @@ def measure_generation(s):
     """Generation, greedy, by a run's model and by a GPT of the same sizes, after so many tokens."""
     torch.manual_seed(s.seed)
     contexts, n, W = numbers('contexts', s.contexts, least=1), s.window_tokens, s.gpt_window
-    checkpoint = load(find_file(s.out_dir), s.device)
+    checkpoint = load(find_file(s.out_dir))
     model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
     require({'n_layer', 'n_head', 'n_embd'} <= {*vars(model.config)}, f'{ours!r} has not the sizes '
             f'of a GPT, so that none of its size can be measured beside it')
@@ -141,22 +142,24 @@ def make_side(side, size, T, s):
         n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
         vocab_size=s.vocab_size)), way
 
-def train_side(what, side, size, T, settings):
-    """The 'speed' of a side in tokens per second, the median of the rounds, or the peaks of its
-    'memory' in MB, before and after updates: several of short ones, as the second takes more."""
-    s = Settings(settings)
-    machine.set_up(s.device, s.threads, s.products)
+def make_updates(side, size, T, s, tried=1):
+    """updates(n), which trains a side for n updates, and compiled(), what is compiled by then;
+    tried: rows on which kernels are tried out."""
     torch.manual_seed(s.seed)
     model, way = make_side(side, size, T, s)
-    machine.compile_blocks(model.to(s.device), s.compile, s.device)
+    half = machine.takes_bfloat16('auto', s.device)
+    compile = machine.choose_compile(s.compile, s.device, machine.LONG)
+    with torch.autocast(s.device.split(':')[0], torch.bfloat16, half) as autocast:
+        compile = machine.compile_blocks(model.to(s.device), compile, s.device, tried)
+    graphs = Graphs() if compile == 'graph' else None
     optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99), s.device)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # its memory is there before the measurement
     tokens = torch.randint(s.vocab_size, (s.batch_size, T + 1), dtype=torch.uint16)
     kwargs = {'chunk': s.bptt_segments * unit(model) if way == 'truncated' else 0,
-              'recompute': way == 'recomputed', 'device': s.device,
-              'autocast': torch.autocast('cuda', torch.bfloat16, s.device.startswith('cuda'))}
+              'recompute': way == 'recomputed', 'device': s.device, 'step': graphs,
+              'autocast': autocast}
 
     def updates(n):
         for _ in range(n):
@@ -164,13 +167,24 @@ def train_side(what, side, size, T, settings):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    return updates, lambda: 'off' if graphs and not (graphs.works and graphs.graphs) else compile
+
+def train_side(what, side, size, T, settings):
+    """The 'speed' of a side: tokens per second, the median of the rounds, seconds until these
+    begin, and what is compiled. Or the peaks of its 'memory' in MB, before and after updates:
+    several of short ones, as the second takes more."""
+    s, begin = Settings(settings), time.perf_counter()
+    machine.set_up(s.device, s.threads, s.products)
     if what == 'memory':
+        updates, _ = make_updates(side, size, T, s)
         before = machine.peak_mb(s.device)
         updates(max(1, 1536 // T))
         return float(before), float(machine.peak_mb(s.device))
-    _, *rates = [rate(s.steps * s.batch_size * T, s.device, updates, s.steps)
-                 for _ in range(s.rounds + 1)]
-    return statistics.median(rates)
+    updates, compiled = make_updates(side, size, T, s, s.batch_size)
+    rate(1, s.device, updates, s.steps)  # warms up
+    ready = time.perf_counter() - begin
+    rates = [rate(s.steps * s.batch_size * T, s.device, updates, s.steps) for _ in range(s.rounds)]
+    return statistics.median(rates), ready, compiled()
 
 def in_process(*job):
     """train_side() in a new process. Raises SystemExit, in one line, if that fails or is killed."""
@@ -184,17 +198,21 @@ def in_process(*job):
 
 def measure_speed(s):
     """Training of every side, size after size; efficiency: FLOPs/s over those of the last side."""
-    metrics, sides, T = {}, s.sides.split(','), s.window
+    metrics, sides, T, notes = {}, s.sides.split(','), s.window, []
     for size in s.sizes.split(','):
         works = {side: partial(in_process, 'speed', side, size, T, s.as_dict()) for side in sides}
-        rates = alternate(works, s.starts, size)
+        found = alternate(works, s.starts, size)
+        rates = {side: [start[0] for start in found[side]] for side in sides}
         flops = {side: flops_per_token(make_side(side, size, T, s)[0], T) for side in sides}
         done = {side: [flops[side] * speed for speed in rates[side]] for side in sides}
         for side in sides:
             metrics[f'{size} {side}, tokens per second'] = median(rates[side])
             metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
             metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
-        yield metrics, {}, ['medians of the starts, whose rates are medians of their rounds']
+            _, ready, compiled = zip(*found[side])
+            metrics[f'{size} {side}, seconds to start'] = median(ready)
+            notes.append(f"{size} {side}: compiled: {', '.join(sorted({*compiled}))}")
+        yield metrics, {}, ['medians of the starts, whose rates are medians of rounds', *notes]
 
 def measure_memory(s):
     """Peak memory of training against the length of a sequence; yields after each side."""
@@ -232,6 +250,7 @@ def main(s):
     for part in s.parts.split(','):
         check_place(place(f'{part}{s.label}.json', s.record), RECORD)
     s, cores = s.replace(device=machine.pick_device(s.device)), torch.get_num_threads()
+    machine.choose_compile(s.compile, s.device, machine.LONG)  # refuses what cannot be
     for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':
             s = s.replace(products=machine.choose_products(s.products))

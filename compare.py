@@ -24,7 +24,7 @@ from subprocess import PIPE, Popen
 from configurator import at_least, configure, defaults_of, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, count, require, say
-from lib.device import pick_device, set_threads
+from lib.device import choose_compile, pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
 from lib.records import ROOT, load_record, place, save_record
@@ -32,7 +32,7 @@ from tasks import find_task
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
 out_dir = ''         # folder of the runs and the report; '' is out/NAME of the comparison file
-jobs = 2             # runs at a time
+jobs = 0             # runs at a time; 0 is one on a GPU, two on a CPU
 threads = 1          # CPU threads of each
 seeds = ''           # in place of the file's, separated by commas
 quick = False        # a few updates a run and small probes, in folders of their own
@@ -213,6 +213,8 @@ async def calibrate(s, c, folder):
     async def one(name):
         settings, update = settings_of(c, name)
         n, where = max(6, tokens // update), folder_of(folder, 'calibration', name)
+        settings['compile'] = choose_compile(settings.get('compile', 'auto'),  # of the long run
+                                             pick_device(s.device), c['tokens'] // update)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
                  'eval_tokens': 2000, 'overwrite': True, 'data_dir': s.data_dir}
         try:
@@ -278,9 +280,9 @@ async def work_on(s, runs):
         raise SystemExit('stopped; the same command goes on from here')
 
 def main(s):
-    at_least(s, jobs=1, threads=0)
+    at_least(s, jobs=0, threads=0)
     set_threads(s.threads)
-    pick_device(s.device)
+    s = s.replace(jobs=s.jobs or (2 if pick_device(s.device) == 'cpu' else 1))
     require(not s.record or not (s.quick or s.only),
             'no --record with --quick or --only: results/ is for whole comparisons')
     c = read_comparison(s.comparison)

@@ -61,7 +61,7 @@ def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
-    saved = ckpt.load(path, device)
+    saved = ckpt.load(path)
     task = find_task(saved['task'], 'probe')
     needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
     missing = [key for key in needed

@@ -123,7 +123,7 @@ s = configure(globals())
 check(s)
 device = set_up(s.device, s.threads, products='torch')
 path = ckpt.find_file(s.init_from or s.out_dir or ckpt.newest_run('text'))
-saved = ckpt.load(path, device)
+saved = ckpt.load(path)
 require(saved.get('tokenizer') and saved['task'] == 'text', f'{path} is of another task, or holds '
         f'no vocabulary: name a run of train.py on text with --out_dir; it gives one to weights of '
         f'another program, too, by --init_from=PATH --max_iters=0')

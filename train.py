@@ -16,7 +16,6 @@ import shlex
 import signal
 import statistics
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -37,6 +36,7 @@ from lib.contract import (
 )
 from lib.files import own_folder
 from lib.gradients import random_state, set_random_state
+from lib.graphs import Graphs
 from lib.pictures import curves
 from lib.processes import RANK, WORLD, from_all, from_writer
 from lib.records import ROOT, make_record, metric, provenance, save_record
@@ -90,9 +90,10 @@ checkpoint_interval = 0     # updates between checkpoints; 0 is only after evalu
 log_interval = 10           # updates between log lines
 # machine
 device = 'auto'             # 'auto' takes cuda, mps or cpu, the first that is there
-dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 on CUDA, else float32
+dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 where a GPU has it
 products = 'auto'           # of float32 on a CPU: 'torch', 'onednn' (faster on AMD), 'auto'
-compile = 'auto'            # 'off', 'kernels' (torch.compile of the blocks), 'auto': on CUDA alone
+compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'graph', these and, on
+                            # CUDA, a micro-step as one graph; 'auto', kernels of a long run there
 threads = 0                 # CPU threads of each process; 0 leaves it to torch
 
 # of a resumed run: what stays as it was beside the model, and what is of this call alone
@@ -233,8 +234,10 @@ def write_record():
                'tokens_per_s': metric(speed), 'minutes': metric(run.seconds / 60),
                'peak_mb': metric(machine.peak_mb(device))}
     notes = [job.note.strip()] if job.note else []
+    failed = compile == 'graph' and not job.step.works
+    settings = {**s.as_dict(), 'compile': 'off' if failed else compile}  # what was, not what should
     save_record(os.path.join(out_dir, 'record.json'), make_record(
-        'training', s.as_dict(), [s.seed], metrics, shown, notes, device=device))
+        'training', settings, [s.seed], metrics, shown, notes, device=device))
     title = f"{s.model_type}, {job.data.get('dataset', s.task)}"
     curves(os.path.join(out_dir, 'loss.png'), title, shown, log=False)
 
@@ -251,6 +254,9 @@ best_path, last_path, log_path = (os.path.join(out_dir, name)
 check(s)
 machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
+half = machine.takes_bfloat16(s.dtype, device)
+autocast = torch.autocast(device.split(':')[0], torch.bfloat16, half)
+compile = machine.choose_compile(s.compile, device, s.max_iters)
 stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
 alike = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
 require(all(other == alike for other in processes.from_all(alike)), 'the processes have different '
@@ -296,11 +302,15 @@ require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.
 s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
 say('\n'.join([*notes, show(s)]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
-half = s.dtype == 'bfloat16' or s.dtype == 'auto' and device.startswith('cuda')
-autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if half else nullcontext()
+if compile == 'graph' and getattr(job, 'step', None) is None:
+    say("compile='graph' takes a text in pieces of one size, without recompute or document: the "
+        'blocks are compiled, nothing is captured')
+    compile = 'kernels'
 with autocast:
-    machine.compile_blocks(model, s.compile, device)
+    compile = machine.compile_blocks(model, compile, device, s.batch_size // WORLD)
 job.start(model, device, autocast)
+if compile == 'graph':
+    job.step = Graphs()
 if RANK:
     torch.manual_seed(s.seed + RANK)  # the weights are the same, what dropout drops is not
 
@@ -327,13 +337,14 @@ if s.init_from == 'resume':
     except Exception as error:  # whatever a file can hold in place of these
         raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
                          f'--init_from={last_path} starts from its weights') from None
-made_by = {**provenance(device), 'processes': WORLD}
+made_by = {**provenance(device), 'processes': WORLD, 'compiled': compile}
 from_writer(lambda: ckpt.open_run(out_dir, keep_of_log if s.init_from == 'resume' else None))
 write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),
           **job.data, **made_by)
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
-    f"{count(torch.get_num_threads(), 'thread')}, {'bfloat16' if half else 'float32'}")
+    f"{count(torch.get_num_threads(), 'thread')}, compiled: {compile}, "
+    f"{'bfloat16' if half else 'float32'}")
 
 # --- train ----------------------------------------------------------------------------------------
 model.train()

@@ -10,11 +10,13 @@ from lib.contract import unit
 from model import Block
 
 PRODUCTS = 'auto', 'onednn', 'torch'
-COMPILE = 'auto', 'off', 'kernels'
+COMPILE = 'auto', 'off', 'kernels', 'graph'
+LONG = 5000  # updates of a run that is worth the minutes of compiling, by estimate
 
 def pick_device(device='auto'):
     """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device
     that is not."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in recurrent layers too
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
@@ -91,27 +93,53 @@ def cpu_info():
     except OSError:
         return platform.processor() or platform.machine()
 
-def compile_blocks(model, compile, device):
-    """Compile the model's blocks in place, by a setting of COMPILE; 'auto' does so on CUDA. They
-    are tried out, backward too; if that fails, a line says so."""
+def takes_bfloat16(dtype, device):
+    """Whether training is to compute in bfloat16, by the setting dtype of train.py: 'auto' is so on
+    a GPU that has it, and one that has not is refused it: emulated, it is slower than float32."""
+    cuda = device.startswith('cuda')
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    require(dtype != 'bfloat16' or native or not cuda,
+            'this GPU has no bfloat16 of its own: --dtype=float32')
+    return dtype == 'bfloat16' or dtype == 'auto' and native
+
+def choose_compile(compile, device, updates):
+    """'auto' -> what a run of so many updates is to compile: 'kernels' if it is a long one on CUDA,
+    else 'off', so that no run spends longer on compiling than on training. Not 'graph': captured
+    updates have not run on a GPU yet, and what they are worth is not measured
+    (tests/gpu/session.sh). Raises SystemExit for 'graph' without CUDA."""
+    cuda = device.startswith('cuda')
+    require(compile != 'graph' or cuda, f"compile='graph' takes CUDA, not {device}: 'kernels' "
+            f"compiles elsewhere as well, 'off' does not")
     if compile == 'auto':
-        compile = 'kernels' if device.startswith('cuda') else 'off'
+        return 'kernels' if cuda and updates >= LONG else 'off'
+    return compile
+
+def compile_blocks(model, compile, device, B=2):
+    """Compile the model's blocks in place, by a setting that choose_compile returned. Returns what
+    is compiled: they are tried out on B rows, backward too; if that fails, a line says so. Those of
+    'graph' are compiled where lib/graphs.py captures, for its shapes, and nowhere else."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compile == 'off' or not blocks:
-        return
-    T = min(2 * unit(model) + 1, model.config.block_size)
-    idx = torch.zeros(2, T, dtype=torch.int64, device=device)
+        return 'off' if compile == 'kernels' else compile
     say('compiling the blocks: a minute or more, the first time')
+    torch._dynamo.config.recompile_limit = 64  # all shapes of all kinds of blocks count as one
     for block in blocks:
         block.compile(dynamic=False)
+    if compile == 'graph':
+        torch.compiler.set_stance('force_eager')
+        return compile
+    T = min(max(1, 768 // unit(model)) * unit(model), model.config.block_size)
+    idx = torch.zeros(B, T, dtype=torch.int64, device=device)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([idx.device] if idx.is_cuda else []):
             model(idx, idx)[1].backward()
+        return compile
     except Exception as error:  # a compiler can fail in any way
         reason = ' '.join(str(error).split())[:80]
         print(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on '
               f'without it', file=sys.stderr)
         torch.compiler.set_stance('force_eager')
+        return 'off'
     finally:
         model.zero_grad(set_to_none=True)
 

@@ -7,7 +7,7 @@ from lib.contract import unit
 from lib.rows import rowwise
 
 def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, device='cpu',
-                  autocast=nullcontext()):
+                  autocast=nullcontext(), step=None):
     """Add the gradient of share * (mean loss of x, y) to that of the parameters, chunk by chunk.
 
     The carry goes from chunk to chunk, its gradient does not: memory is that of one chunk, and the
@@ -18,11 +18,12 @@ def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, 
         carry: as the model takes it, or None; no gradient flows into it.
         chunk: tokens of a chunk, whole recurrence steps; 0 takes all T at once.
         recompute: keep nothing of a chunk for backward but the carries between its segments.
+        step: what does the work of a chunk, as piece() does; None is piece itself.
     Returns:
         share * (mean loss), and the last carry; both detached, on the device.
     """
     T, total = x.size(1), 0.0
-    step = recomputed if recompute else piece
+    step = recomputed if recompute else step or piece
     for t in range(0, T, chunk or T):
         part = [tokens[:, t:t + (chunk or T)] for tokens in (x, y)]
         loss, carry, _ = step(model, *part, carry, share * part[0].size(1) / T, device, autocast)
@@ -52,11 +53,11 @@ def recomputed(model, x, y, carry, share, device, autocast):
     first, without a graph; then the segments once more, from the last to the first, each with the
     random numbers of the first time, handing on the gradient of the carry before it.
     (torch.utils.checkpoint would keep the nodes of the whole graph: more than the carries.)"""
-    inputs, targets = (tokens.split(unit(model), dim=1) for tokens in (x, y))
+    inputs, targets = (to_device(tokens, device).split(unit(model), dim=1) for tokens in (x, y))
     random, carries = [random_state(device)], [carry]
     with torch.no_grad(), autocast:
         for x_s in inputs[:-1]:
-            carries.append(model(to_device(x_s, device), carry=carries[-1])[2])
+            carries.append(model(x_s, carry=carries[-1])[2])
             random.append(random_state(device))
     total, grad, after = 0.0, None, None
     for s in reversed(range(len(inputs))):

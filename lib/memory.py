@@ -45,7 +45,7 @@ class MemoryTask:
         self.carries = carries(model)
 
     def follow(self, right, rate):
-        """Move the recall of training towards that of new answers."""
+        """Move the recall of training towards that of new answers; to be read after backward."""
         self.recall += rate * (mean(right.float().mean()).item() - self.recall)
 
     def evaluate(self):
@@ -84,9 +84,9 @@ class WalkingTask(MemoryTask):
     gets better, at the cost of a few segments an update. Settings: first, longest, grow_at, leave.
 
     A class of it has new(F), which reads new sequences of F segments and what is asked: loss, which
-    rows are right (B,), tokens read, which of them may walk on (B,), and they themselves, Rows with
-    age (B,), tokens since what is asked for was shown, and carry; and further(rows, F), which reads
-    on in place: loss, which are right, tokens read.
+    rows are right (B,), on the device, tokens read, which of them may walk on if they are (B,), and
+    they themselves, Rows with age (B,), tokens since what is asked for was shown, and carry; and
+    further(rows, F), which reads on in place: loss, which are right, tokens read.
     """
 
     KEPT = 'stage', 'recall'
@@ -112,10 +112,13 @@ class WalkingTask(MemoryTask):
         if old:
             loss_old, right_old, more = self.further(old, F)
             loss, read = loss + loss_old * len(old) / self.B, read + more
-            old = old.pick(right_old & (self.sequences.uniform(len(old)) >= self.s.leave))
         loss.backward()
+        right = right.cpu()  # not before: from here on the device has to be waited for
+        if old:
+            stays = self.sequences.uniform(len(old)) >= self.s.leave
+            old = old.pick(right_old.cpu() & stays)
         if rows.carry is not None and F:  # new sequences take the places of those that left
-            fit = may.nonzero()[:, 0][:max(0, self.B - len(old or ()))]
+            fit = (may & right).nonzero()[:, 0][:max(0, self.B - len(old or ()))]
             old = rows.pick(fit).join(old)
         if old is not None:
             old.carry = rowwise(torch.detach, old.carry)

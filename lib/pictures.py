@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 
+from lib.console import say
 from lib.files import write_file
 
 def digest(*content):
@@ -11,8 +12,13 @@ def digest(*content):
 
 def curves(path, title, drawn, log=True, log_y=False):
     """Draw curves of records, {label: curve}, with error bars where points have low and high; log:
-    the x axis is logarithmic, but linear up to the first x above 0, so that 0 has a place."""
-    from matplotlib.figure import Figure
+    the x axis is logarithmic, but linear up to the first x above 0, so that 0 has a place. Without
+    matplotlib a line says that there is no picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(f'{path} is not drawn: matplotlib is missing')
+        return
     figure = Figure(figsize=(8, 4.5), layout='tight')
     ax, measured = figure.subplots(), set()
     for label, curve in drawn.items():

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from lib.console import require
 
@@ -54,7 +54,9 @@ def average_gradients(model):
     for p in model.parameters():  # one process may have met a parameter that another has not
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in model.parameters()]
-    vector_to_parameters(mean(parameters_to_vector(grads)), grads)
+    means = mean(parameters_to_vector(grads)).split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, means):
+        grad.copy_(part.view_as(grad))  # in place: a captured update adds to what is there
 
 def mean(value):
     """The mean of a tensor over the processes."""

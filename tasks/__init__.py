@@ -8,6 +8,8 @@ record. Task(s) checks the settings s of train.py and finds the data. Then it ha
     note                     what every line of the log is to say, '' for nothing
     start(model, device, autocast)   before the first update
     backward()               adds the gradient of an update; mean loss, on the device, and tokens
+    step                     if it is there and not None, what does a micro-step in backward(), as
+                             lib.gradients.piece: on CUDA train.py may put a captured one there
     figures()                further figures of a line of the log
     evaluate()               {'val_loss': the lower the better, 'val_error': its error, ...}
     describe(figures)        evaluate()'s figures as a line of text

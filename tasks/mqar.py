@@ -53,10 +53,12 @@ def read_lengths(text):
     return found
 
 def ask(model, sequences, B, T, pairs, device):
-    """Loss, and which answers are right (B, pairs), of fresh sequences."""
-    x, y = (to_device(tokens, device) for tokens in sequences.new(B, T, pairs))
-    logits, loss, _ = model(x, y)
-    return loss, (logits.detach().argmax(dim=-1) == y)[y >= 0].view(B, pairs).cpu()
+    """Loss, and answered(): which answers are right (B, pairs), of fresh sequences."""
+    x, targets = sequences.new(B, T, pairs)
+    y = to_device(targets, device)
+    logits, loss, _ = model(to_device(x, device), y)
+    right = logits.detach().argmax(dim=-1) == y
+    return loss, lambda: right.cpu()[targets >= 0].view(B, pairs)
 
 class Task(MemoryTask):
     """Trains on all lengths, one at an update."""
@@ -81,9 +83,9 @@ class Task(MemoryTask):
         at = int(torch.randint(len(self.lengths), (), generator=self.shared))
         T, pairs = self.lengths[at]
         with self.autocast:
-            loss, right = ask(self.model, self.sequences, self.B, T, pairs, self.device)
+            loss, answered = ask(self.model, self.sequences, self.B, T, pairs, self.device)
         loss.backward()
-        self.follow(right, 0.05)
+        self.follow(answered(), 0.05)
         return mean(loss.detach()), WORLD * self.B * T
 
     def figures(self):
@@ -97,7 +99,7 @@ class Task(MemoryTask):
 def recall_of(model, s, T, pairs, n, device):
     """The share of right answers in n fresh sequences."""
     sequences = Sequences(s, s.seed + 1_000_003 * (1 + T))
-    some = [ask(model, sequences, len(rows), T, pairs, device)[1]
+    some = [ask(model, sequences, len(rows), T, pairs, device)[1]()
             for rows in torch.arange(n).split(50)]
     return torch.cat(some).float().mean().item()
 

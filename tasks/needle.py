@@ -135,15 +135,15 @@ class Task(WalkingTask):
             W = x.size(1) if self.carries else min(self.model.config.block_size, x.size(1))
             logits, loss, _ = self.model(x.reshape(-1, W), y.reshape(-1, W), carry)
         answers = logits.detach().argmax(dim=-1).view(y.shape)
-        return loss, ((answers == y) | (y < 0)).all(dim=1).cpu(), carry
+        return loss, ((answers == y) | (y < 0)).all(dim=1), carry
 
     def new(self, F):
         """F segments and the two of the question, in any place of them without a carry."""
         T, tail = self.lengths(F)
         x, y, keys, after = self.sequences.new(self.B, T, tail)
         loss, right, carry = self.read_and_ask(x, y, None)
-        shown = right & (after <= F * self.l)
-        return loss, right, self.B * T, shown, Rows(keys=keys, age=F * self.l - after, carry=carry)
+        rows = Rows(keys=keys, age=F * self.l - after, carry=carry)
+        return loss, right, self.B * T, after <= F * self.l, rows
 
     def further(self, rows, F):
         T, tail = self.lengths(F)

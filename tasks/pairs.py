@@ -93,13 +93,14 @@ def read(model, rows, x, device):
     rows.carry = model(to_device(x, device), carry=rows.carry)[2]
 
 def ask(model, sequences, rows, which, device):
-    """Ask for the pairs which (B, Q), aside: the loss, and which answers are right (B, Q)."""
-    x, y = (to_device(tokens, device) for tokens in sequences.ask_for(rows, which))
-    each = len(x) // len(which)
+    """Ask for the pairs which (B, Q), aside: the loss, and answered(): which answers are right
+    (B, Q), for which the device is waited for."""
+    x, targets = sequences.ask_for(rows, which)
+    each, y = len(x) // len(which), to_device(targets, device)
     carry = rowwise(lambda c: c.repeat_interleave(each, dim=0), rows.carry)
-    logits, loss, _ = model(x, y, carry)
-    right = (logits.detach().argmax(dim=-1) == y)[y >= 0]
-    return loss, right.view(which.shape).cpu()
+    logits, loss, _ = model(to_device(x, device), y, carry)
+    right = logits.detach().argmax(dim=-1) == y
+    return loss, lambda: right.cpu()[targets >= 0].view(which.shape)
 
 class Task(MemoryTask):
     """Trains in two lessons: all pairs in one segment, then pairs one a segment, walking on."""
@@ -135,13 +136,13 @@ class Task(MemoryTask):
                 read(self.model, self.walkers, further, self.device)
                 rows = rows.join(self.walkers)
             which = self.sequences.uniform(len(rows), Q) * rows.shown[:, None]  # any that was shown
-            loss, right = ask(self.model, self.sequences, rows, which.long(), self.device)
+            loss, answered = ask(self.model, self.sequences, rows, which.long(), self.device)
         loss.backward()
         rows.carry = rowwise(torch.detach, rows.carry)
         if self.lesson == 2:
             old = self.sequences.uniform(len(rows) - self.fresh).argsort()[:self.B - self.fresh]
             self.walkers = rows.pick(torch.cat((torch.arange(self.fresh), self.fresh + old)))
-        self.follow(right, 0.05)
+        self.follow(answered(), 0.05)
         if self.lesson == 1 and self.recall >= self.s.passed_at:
             self.lesson, self.recall = 2, 0.0
         return mean(loss.detach()), WORLD * len(rows) * x.size(1)
@@ -193,7 +194,7 @@ def recall_of(model, s, n, count, wait, device):
         for _ in range(wait):
             read(model, rows, sequences.further(rows, 1, 1.0), device)
         which = sequences.uniform(len(some), n).argsort(dim=1)
-        right += int(ask(model, sequences, rows, which, device)[1].sum())
+        right += int(ask(model, sequences, rows, which, device)[1]().sum())
     return right / (count * n)
 
 def probe(model, saved, p, device):

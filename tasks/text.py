@@ -10,7 +10,7 @@ from lib.checkpoint import can_be
 from lib.console import Progress, require, say
 from lib.contract import border, carries, unit
 from lib.files import is_file
-from lib.gradients import backpropagate
+from lib.gradients import backpropagate, piece
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
@@ -106,6 +106,7 @@ class Task:
         self.micro_batches = rows.split(B)
         self.at = rows * (len(self.train_data) - T) // len(rows)  # of all streams
         self.carries = [None] * len(self.micro_batches)  # of this process's share of each
+        self.step = None if s.recompute or s.document else piece
 
     @property
     def note(self):
@@ -125,7 +126,8 @@ class Task:
         total, n = 0.0, len(self.micro_batches)
         for i, rows in enumerate(self.micro_batches):
             x, y = self.next_of_streams(rows) if self.s.stream else self.random_sequences()
-            loss, carry = backpropagate(self.model, x, y, self.carries[i], 1 / n, **self.kwargs)
+            loss, carry = backpropagate(self.model, x, y, self.carries[i], 1 / n, step=self.step,
+                                        **self.kwargs)
             self.carries[i] = carry if self.s.stream else None
             total += loss
         return mean(total), n * self.s.batch_size * self.s.block_size

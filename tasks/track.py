@@ -106,12 +106,12 @@ class Task(WalkingTask):
         with self.autocast:
             logits, loss, carry = self.model(x, y, carry)
         right = (logits.detach().argmax(dim=-1) == y) | (y < 0)
-        return loss, right.all(dim=1).cpu(), T, objects, carry
+        return loss, right.all(dim=1), T, objects, carry
 
     def new(self, F):
         loss, right, T, objects, carry = self.read(self.sequences.start(self.B), F, None)
         rows = Rows(objects=objects, age=torch.full((self.B,), T), carry=carry)
-        return loss, right, self.B * T, right, rows
+        return loss, right, self.B * T, torch.ones(self.B, dtype=torch.bool), rows
 
     def further(self, rows, F):
         loss, right, T, rows.objects, rows.carry = self.read(rows.objects, F, rows.carry)

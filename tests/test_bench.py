@@ -37,10 +37,13 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
     """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
     monkeypatch.setattr(bench, 'flops_per_token', lambda model, T: 2 if model.unit > 1 else 1)
-    found = measure('speed', fold=iter([5, 2]), gpt=iter([10, 20]))
+    found = measure('speed', fold=iter([[5, 1, 'off'], [2, 3, 'kernels']]),
+                    gpt=iter([[10, 1, 'off'], [20, 1, 'off']]))
     value = found['metrics']['1+1x16x2 fold, efficiency']
     assert [value[key] for key in ('value', 'low', 'high')] == pytest.approx([0.6, 0.2, 1])
     assert found['metrics']['1+1x16x2 fold, tokens per second']['value'] == 3.5
+    assert found['metrics']['1+1x16x2 fold, seconds to start']['value'] == 2
+    assert '1+1x16x2 fold: compiled: kernels, off' in found['notes']
     found = measure('memory', '--starts=3', '--memory_limit_gb=0.1', gpt=map(sys.exit, ['full']),
                     fold=iter([[9, 19], [10, 30], [9, 12], [9, 60], [9, 10], [9, 20]]))
     points = [(p['x'], p['value'], p['n']) for p in found['curves']['fold']['points']]
@@ -49,7 +52,8 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
 
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
-    assert bench.in_process('speed', 'fold truncated', '1+1x16x2', 8, s) > 0
+    rate, ready, compiled = bench.in_process('speed', 'fold truncated', '1+1x16x2', 8, s)
+    assert min(rate, ready) > 0 and compiled == 'off'
     before, after = bench.in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
     assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
     why = '^error: fold at 1.1x16x3, 8 tokens, ended: .*n_head'

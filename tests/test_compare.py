@@ -15,6 +15,7 @@ import compare
 from configurator import configure
 from lib import report
 from lib.contract import count_parameters, make_model
+from lib.device import LONG
 from lib.records import load_record, metric
 
 FILE = '''
@@ -167,6 +168,28 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
     assert found['a minus b, equal tokens']['value'] == pytest.approx(value)
     assert error is None or found['a minus b, equal tokens']['error'] == pytest.approx(error)
     assert found['a minus b, equal tokens']['verdict'] == verdict
+
+@pytest.mark.parametrize('device, given, jobs', [('cuda', '0', 1), ('cpu', '0', 2),
+                                                 ('cuda', '3', 3)])
+def test_runs_at_a_time(tmp_path, monkeypatch, device, given, jobs):
+    """One on a GPU; and what calibrates a long run there is compiled as that is."""
+    seen = []
+
+    async def call(s, script, **flags):
+        seen.append(flags['compile'])
+        raise SystemExit
+
+    async def work_on(s, runs):
+        raise SystemExit(s.jobs)
+    monkeypatch.setattr(compare, 'pick_device', lambda name: device)
+    monkeypatch.setattr(compare, 'call', call)
+    monkeypatch.setattr(compare, 'work_on', work_on)
+    text = FILE.replace('384, []', f"{48 * LONG}, ['seconds']")
+    (tmp_path / 'small.py').write_text(text)
+    argv = [str(tmp_path / 'small.py'), f"--out_dir={tmp_path / 'runs'}", f'--jobs={given}']
+    with pytest.raises(SystemExit) as ended:
+        compare.main(configure(vars(compare), argv, 'comparison'))
+    assert ended.value.code == jobs and {*seen} == {'off' if device == 'cpu' else 'kernels'}
 
 def test_tables_of_curves():
     points = [[{'x': 0, 'value': 2.5}, {'x': 12, 'value': 2.0}], [{'x': 24, 'value': 3.0}]]

@@ -1,9 +1,14 @@
 """The machine: who multiplies on a CPU, what is compiled, devices, threads and memory."""
+import sys
+
 import pytest
 import torch
 from test_train import equal, load, starter
 
 from lib import device
+from lib.checkpoint import load_model
+from lib.pictures import curves
+from lib.scoring import token_losses
 
 MATMUL = torch.backends.mkldnn.matmul
 train = pytest.fixture(starter)
@@ -51,13 +56,28 @@ def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monk
         assert works, 'no compiler\nhere'
         return lambda *args: calls.append(1) or graph(*args)
     monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
-    train(out_dir=tmp_path / 'a')
-    done = train(compile='kernels')
+    train(out_dir=tmp_path / 'a', n_global=2, max_iters=6)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # and all of it is
+        done = train(compile='kernels', n_global=2, max_iters=6)
     torch.compiler.set_stance('default')
     assert done.code == 0 and (len(calls) > 20) == works, done.err
     assert ('does not work here (BackendCompilerFailed: ' in done.err) != works
     a, b = (load(tmp_path / name / 'last.pt')['model'] for name in ('a', 'out'))
     equal(a, b, **(dict(rtol=1e-3, atol=1e-4) if works else {}))
+
+def test_validation_is_in_float32(train, tmp_path):
+    job = train(dtype='bfloat16', max_iters=2, eval_interval=2).globals['job']
+    saved = load(tmp_path / 'out' / 'last.pt')
+    found = token_losses(load_model(saved), job.val_data)
+    assert saved['run']['val']['val_loss'] == pytest.approx(found.double().mean().item(), abs=1e-7)
+    device.pick_device('cpu')
+    assert not torch.backends.cudnn.allow_tf32
+
+def test_without_matplotlib_a_run_ends_well_and_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    curves(tmp_path / 'loss.png', 'title', {'a': {'x': 'x', 'y': 'y', 'points': []}})
+    assert 'loss.png is not drawn: matplotlib is missing' in capsys.readouterr().out
+    assert not (tmp_path / 'loss.png').exists()
 
 def test_a_device_that_is_not_there_is_told():
     with pytest.raises(SystemExit, match="'tpu' is not available"):

@@ -24,7 +24,8 @@ train = pytest.fixture(starter)
 def make_task(name, model_type='', **settings):
     """A Task as train.py makes it, of its defaults and these settings; started, if a type of model
     is named, with a small one in float64."""
-    module, run = find_task(name), dict(seed=1, init_from='scratch', gradient_accumulation_steps=1)
+    module, run = find_task(name), dict(seed=1, init_from='scratch', gradient_accumulation_steps=1,
+                                        bptt_segments=0, recompute=False)
     defaults = configure({}, [], parts=lambda known: [module]).as_dict()
     sizes = {**defaults, **run, **SMALL, **OF_TASK[name], **settings}
     task = module.Task(SimpleNamespace(**sizes))

@@ -1,0 +1,135 @@
+"""Pieces of the GPU session that compute in processes of their own: python pieces.py NAME WORDS
+
+They print results as lines of JSON: of gradients as the session notes them, of speed by the batch.
+"""
+import fcntl
+import json
+import os
+import statistics
+import sys
+import time
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
+from itertools import product
+from pathlib import Path
+
+BEGUN = time.monotonic()
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch  # noqa: E402
+
+import bench  # noqa: E402
+from configurator import configure  # noqa: E402
+from lib.contract import make_model  # noqa: E402
+from lib.device import compile_blocks, peak_mb  # noqa: E402
+from lib.gradients import backpropagate  # noqa: E402
+from lib.graphs import Graphs  # noqa: E402
+from models import MODELS  # noqa: E402
+
+TINY = bool(os.environ.get('TINY'))
+DEVICE, DATASET = ('cpu', 'tiny') if TINY else ('cuda', 'shakespeare')
+SIZE, BATCHES = ('1+1x16x2', [4, 8]) if TINY else ('3+3x384x6', [64, 256, 1024])
+SIDES = {'GPT': ('gpt', 12, 256), 'fold l=12': ('fold', 12, 252),  # model, segment, sequence
+         'fold l=32': ('fold', 32, 256), 'fold l=64': ('fold', 64, 256)}
+CASES = {  # of gradients: {piece: [(model, sizes)]}
+    'keys': [('fold', dict(position=position, local=local, past=past, carry=carry))
+             for position, local, (past, carry) in product(
+                 ('learned', 'rotary'), ('segment', 'sliding'),
+                 (('evolving', 'plain'), ('evolving', 'gated'), ('frozen', 'plain'),
+                  ('frozen', 'gated'), ('local', 'plain'), ('none', 'plain')))],
+    'models': [(kind, {}) for kind in MODELS if kind != 'fold'],
+    'compiled': [('fold', dict(local='sliding', position='rotary')), ('gpt', {})]}
+
+def make(kind, **sizes):
+    """A small model with weights away from their start, and two batches of tokens and targets."""
+    torch.manual_seed(1)
+    model = make_model(kind, dict(n_layer=3, n_local=1, n_global=2, n_head=2, n_embd=32, bias=True,
+                                  vocab_size=65, block_size=60, segment_size=12, **sizes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model, torch.randint(65, (2, 2, 4, 60))
+
+def gradient(model, tokens, autocast=nullcontext(), **kwargs):
+    """The loss, and all gradients in one, (N,) float64 on the CPU, taken off the model."""
+    device = str(next(model.parameters()).device)
+    loss, _ = backpropagate(model, *tokens, device=device, autocast=autocast, **kwargs)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    found = torch.cat([grad.flatten() for grad in grads]).double().cpu()
+    model.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+def report(name, figures, limits):
+    """Print a result: FAILED if a figure is not below its limit."""
+    fine = all(figures[key] < limits[key] for key in figures)
+    text = ', '.join(f'{key} {value:.1e}' for key, value in figures.items())
+    print('@@' + json.dumps([f'gradients {name}', 'ok' if fine else 'FAILED', text]), flush=True)
+
+def gradients(piece):
+    """How far gradients of the device, plain and captured, are from those in float64 on a CPU."""
+    half = torch.autocast(DEVICE, torch.bfloat16)
+    for kind, sizes in CASES[piece]:
+        model, (other, tokens) = make(kind, **sizes)
+        _, expected = gradient(model.double(), tokens)
+        model = model.float().to(DEVICE)
+        found = {}
+        if piece == 'compiled' and not TINY:
+            compile_blocks(model, 'graph', DEVICE)
+        if piece != 'compiled':
+            found = {'float32': gradient(model, tokens), 'bfloat16': gradient(model, tokens, half)}
+        if not TINY:
+            step = Graphs()
+            gradient(model, other, step=step)
+            found['captured'] = gradient(model, tokens, step=step)
+            assert step.works, 'it was not captured'
+        apart = {way: float((grad - expected).norm() / expected.norm())
+                 for way, (_, grad) in found.items()}
+        report(' '.join([piece, kind, *sizes.values()]), apart,
+               {'float32': 1e-3, 'bfloat16': 0.1, 'captured': 1e-3})
+
+def captured():
+    """What is dropped in a captured micro-step is new each time; where capturing fails, training
+    goes on unharmed."""
+    model, (tokens, _) = make('fold', dropout=0.3)
+    model.to(DEVICE)
+    step, losses = Graphs(), []
+    for way in (step, step, None, None):
+        torch.manual_seed(len(losses) % 2)
+        losses.append(gradient(model, tokens, step=way)[0])
+    report('dropout, as without', {'apart': max(abs(losses[i] / losses[i + 2] - 1) for i in (0, 1)),
+                                   'the same again': float(losses[0] == losses[1])},
+           {'apart': 1e-3, 'the same again': 1})
+    hook = model.register_forward_hook(lambda model, inputs, found: found[1].item() and None)
+    torch.manual_seed(0)
+    with redirect_stderr(StringIO()) as told:
+        loss, _ = gradient(model, tokens, step=Graphs())
+    hook.remove()
+    assert 'does not work here' in told.getvalue()
+    torch.manual_seed(0)
+    report('where capturing fails', {'apart': abs(loss / gradient(model, tokens)[0] - 1)},
+           {'apart': 1e-3})
+
+def speed(name, way, gate):
+    """Print a side's speed, batch after batch until tokens/s stop growing: it gets ready as soon as
+    it can, and is measured when the file `gate` is its own."""
+    (kind, l, T), last, begun = SIDES[name], 0.0, BEGUN
+    with open(gate, 'w') as turn:
+        for B in BATCHES:
+            s = configure(vars(bench), [f'--segment_size={l}', f'--batch_size={B}', '--threads=1',
+                                        f'--compile={way}', f'--device={DEVICE}'])
+            updates, compiled = bench.make_updates(kind, SIZE, T, s, B)
+            bench.rate(1, DEVICE, updates, 2 if TINY else 6)
+            found = {'batch': B, 'ready': time.monotonic() - begun}
+            print('@@' + json.dumps(found), flush=True)
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            n = 2 if TINY else 20 if B == BATCHES[0] else 5
+            rate = statistics.median([bench.rate(n * B * T, DEVICE, updates, n) for _ in range(3)])
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            found.update(rate=rate, mb=peak_mb(DEVICE), compiled=compiled())
+            print('@@' + json.dumps(found), flush=True)
+            if rate < 1.05 * last:
+                break
+            last, begun, updates, compiled = rate, time.monotonic(), None, None
+            torch.compiler.reset()
+
+if __name__ == '__main__':
+    {'gradients': gradients, 'captured': captured, 'speed': speed}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,58 @@
+"""Nothing in an update waits for the device before all of its work is handed over: what reads a
+tensor would. Tried on torch's meta device, whose tensors cannot be read, and by counting."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_tasks import make_task
+from test_train import OF_TASK, SMALL, starter, watch
+
+from lib.contract import make_model
+
+train = pytest.fixture(starter)
+READERS = 'item', 'cpu', 'tolist', '__bool__', '__float__'
+
+@pytest.mark.parametrize('task, settings', [
+    ('text', {}), ('text', dict(stream=True, bptt_segments=2, gradient_accumulation_steps=2)),
+    ('text', dict(recompute=True)), ('needle', {}), ('track', {}), ('pairs', {}), ('mqar', {})])
+def test_an_update_reads_nothing_before_its_backward_pass(task, settings, data_dir, monkeypatch):
+    if task in ('text', 'needle'):
+        settings = dict(data_dir=data_dir, **settings)
+    job, events = make_task(task, **settings), []
+    sizes = {**SMALL, **OF_TASK[task], **job.sizes, 'dropout': 0.0}
+    job.start(make_model('fold', sizes).to('meta'), 'meta', nullcontext())
+    backward, cpu = torch.autograd.backward, torch.Tensor.cpu
+
+    def read(tensor):
+        if tensor.device.type == 'cpu':
+            return cpu(tensor)
+        events.append('read')
+        return torch.ones(tensor.shape, dtype=tensor.dtype)  # every answer is right
+    monkeypatch.setattr(torch.Tensor, 'cpu', read)
+    monkeypatch.setattr(torch.autograd, 'backward', lambda *args, **kwargs: (
+        events.append('backward'), backward(*args, **kwargs)))
+    for _ in range(4):
+        events.append('update')
+        loss, _ = job.backward()
+        assert loss.is_meta
+    text = ' '.join(events)
+    assert 'backward' in text and 'update read' not in text and 'read backward' not in text
+    assert ('read' in text) == (task != 'text')
+    assert task not in ('needle', 'track', 'pairs') or len(job.walkers)
+
+def test_between_lines_of_the_log_no_loss_is_read(train, monkeypatch):
+    reads, counts = [], []
+
+    def counted(reader):
+        def count(tensor, *args):
+            reads.append(reader) if tensor.is_floating_point() else None
+            return real[reader](tensor, *args)
+        return count
+    real = {reader: getattr(torch.Tensor, reader) for reader in READERS}
+    for reader in READERS:
+        monkeypatch.setattr(torch.Tensor, reader, counted(reader))
+    watch(monkeypatch, lambda optimizer, step: counts.append(len(reads)))
+    assert train(max_iters=12, log_interval=6, eval_interval=12, compile='off').code == 0
+    between = [b - a for a, b in zip(counts, counts[1:])]
+    assert between[2:5] + between[6:10] == [0] * 7
+    assert between[5] > 0  # the line after six updates
