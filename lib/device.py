@@ -7,7 +7,7 @@ import torch
 
 from lib.console import count, require, say
 from lib.contract import unit
-from model import Block
+from model import Block, band, rotary
 
 PRODUCTS = 'auto', 'onednn', 'torch'
 COMPILE = 'auto', 'off', 'kernels'
@@ -102,6 +102,8 @@ def compile_blocks(model, compile, device):
     T = min(2 * unit(model) + 1, model.config.block_size)
     idx = torch.zeros(2, T, dtype=torch.int64, device=device)
     say('compiling the blocks: a minute or more, the first time')
+    for table in (band, rotary):  # said here alone: it imports the compiler, which takes a second
+        torch.compiler.assume_constant_result(table)
     for block in blocks:
         block.compile(dynamic=False)
     try:
