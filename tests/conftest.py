@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import compare
+from configurator import configure
 from lib.console import explain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -44,6 +46,28 @@ def run(monkeypatch, capsys):
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
     return run
+
+@pytest.fixture
+def compare_here(run, monkeypatch):
+    """compare_here('comparison.py', ...): compare.py and its scripts in this process, without
+    their pictures; its error or ''."""
+    async def call(s, script, **flags):
+        done = run(script, *(f'--{key}={value}' for key, value in flags.items()), '--device=cpu')
+        if done.code:
+            raise SystemExit(done.err.splitlines()[-1])
+        return done.out
+
+    def compare_here(*argv):
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, 'call', call)
+            patch.setattr(compare, 'CALIBRATION', (300, 2))
+            patch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
+            try:
+                compare.main(configure(vars(compare), [*map(str, argv)], 'comparison'))
+                return ''
+            except SystemExit as stop:
+                return str(stop)
+    return compare_here
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):

@@ -8,8 +8,6 @@ import torch
 from small import SOME_KEYS, TOYS, Recurrent, all_logits, assert_equal, gradients, make, tokens
 from torch.nn import functional as F
 
-import compare
-from configurator import configure
 from lib.checkpoint import load, load_model
 from lib.contract import carries, unit
 from lib.gradients import backpropagate
@@ -146,13 +144,8 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     metrics = load_record(folder / 'probe.json')['metrics']
     assert metrics['loss']['value'] == pytest.approx(scored[-1]['val_loss'], abs=1e-5)
 
-def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_path, monkeypatch):
+def test_models_with_nothing_but_forward_are_compared(toys, compare_here, data_dir, tmp_path):
     """By compare.py as it is, but that its scripts run in this process, which knows them."""
-    async def call(s, script, **flags):
-        done = run(script, *(f'--{key}={value}' for key, value in flags.items()))
-        assert done.code == 0, done.err
-        return done.out
-    monkeypatch.setattr(compare, 'call', call)
     runs = {kind: {'model_type': kind, **OWN.get(kind, {})} for kind in [*TOYS, *PEERS]}
     (tmp_path / 'toys.py').write_text(
         "tokens, prompts, new_tokens = 192, ['ape'], 5\n"
@@ -160,9 +153,8 @@ def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_p
         "              n_layer=2, n_head=2, n_embd=8)\n"
         f"runs = {runs}\n"
         "probe = dict(histories='0,12', targets=5, words=5, resamples=20)\n")
-    argv = [str(tmp_path / 'toys.py'), f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
-            f'--data_dir={data_dir}']
-    compare.main(configure(vars(compare), argv, 'comparison'))
+    assert compare_here(tmp_path / 'toys.py', f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
+                        f'--data_dir={data_dir}') == ''
     record = load_record(tmp_path / 'runs' / 'comparison.json')
     assert len(record['parts']) == 2 + len(PEERS)
     assert 'recurrent minus windowed, equal tokens' in record['metrics']
