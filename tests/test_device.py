@@ -1,12 +1,11 @@
 """The machine: who multiplies on a CPU, what is compiled, devices, threads and memory."""
 import pytest
 import torch
-from test_train import equal, load, starter
+from test_train import equal, load
 
 from lib import device
 
 MATMUL = torch.backends.mkldnn.matmul
-train = pytest.fixture(starter)
 
 @pytest.fixture
 def amd(monkeypatch):
@@ -58,9 +57,3 @@ def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monk
     assert ('does not work here (BackendCompilerFailed: ' in done.err) != works
     a, b = (load(tmp_path / name / 'last.pt')['model'] for name in ('a', 'out'))
     equal(a, b, **(dict(rtol=1e-3, atol=1e-4) if works else {}))
-
-def test_a_device_that_is_not_there_is_told():
-    with pytest.raises(SystemExit, match="'tpu' is not available"):
-        device.pick_device('tpu')
-    with pytest.raises(SystemExit, match='more than this machine can use'):
-        device.set_threads(100_000)

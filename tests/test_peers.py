@@ -227,7 +227,7 @@ def test_causality_and_what_is_seen(case):
     """A token changes no logit before it, but its own and all that the paper lets see it."""
     model, idx = make_case(case), tokens(1, 7 * l)
     before = all_logits(model, idx)
-    for t in range(idx.size(1)):
+    for t in (0, 1, l - 1, l, 3 * l + 1, 7 * l - 1):
         changed = idx.clone()
         changed[0, t] = (changed[0, t] + 1) % V
         differs = (all_logits(model, changed) != before).any(dim=-1)[0]
