@@ -145,12 +145,6 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     expected = generate(model, torch.tensor([tokenizer.encode('ape').tolist()]), 20, temperature=0)
     assert written.code == 0 and written.out == tokenizer.decode(expected[0].tolist()) + '\n'
 
-    probed = run('probe.py', f'--out_dir={folder}', f'--data_dir={data_dir}',
-                 '--histories=0,12,24', '--bins=12,24,48', '--targets=5', '--resamples=20')
-    assert probed.code == 0, probed.err
-    metrics = load_record(folder / 'probe.json')['metrics']
-    assert metrics['loss']['value'] == pytest.approx(scored[-1]['val_loss'], abs=1e-5)
-
 def test_models_with_nothing_but_forward_are_compared(toys, compare_here, data_dir, tmp_path):
     """By compare.py as it is, but that its scripts run in this process, which knows them."""
     runs = {kind: {'model_type': kind, **OWN.get(kind, {})} for kind in [*TOYS, *PEERS]}
