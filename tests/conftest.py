@@ -28,10 +28,19 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
     'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32)}
 
 def flags(out_dir, data_dir='', task='text', **settings):
-    """The command line of a run of train.py on any task, a second long."""
+    """The command line of a run of train.py, a second long."""
     own = dict(data_dir=data_dir) if task in ('text', 'needle') else {}
     values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK.get(task, {}), **settings}
     return [f'--{key}={value}' for key, value in values.items()]
+
+def check_error(words, call, *args, kind=SystemExit, **kwargs):
+    """A SystemExit in one line that holds all of the words, which | separates."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args, **kwargs)
+    message = caught.value.code
+    assert type(caught.value) is kind and message.startswith('error: ')
+    assert '\n' not in message and len(message) < 600, message
+    assert all(word in message for word in words.split('|')), message
 
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
@@ -97,12 +106,18 @@ def data_dir(tmp_path_factory):
     return folder
 
 @pytest.fixture
-def train(run, data_dir, tmp_path, monkeypatch):
-    """train(**settings): such a run here, without its picture and its FLOPs: they take as long."""
-    def train(model_type='fold', task='text', out_dir=tmp_path / 'out', **settings):
+def start(run, monkeypatch):
+    """start('--key=value', ...): train.py without its picture and its FLOPs: they take as long."""
+    def start(*args):
         with monkeypatch.context() as patch:
             patch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
             patch.setattr('lib.contract.flops_per_token', lambda *args: None)
-            return run('train.py', *flags(out_dir, **{
-                'data_dir': data_dir, 'task': task, 'model_type': model_type, **settings}))
-    return train
+            return run('train.py', *args)
+    return start
+
+@pytest.fixture
+def train(start, data_dir, tmp_path):
+    """train(**settings): such a run on any task, a second long."""
+    return lambda model_type='fold', task='text', out_dir=tmp_path / 'out', **settings: start(
+        *flags(out_dir, **{'data_dir': data_dir, 'task': task, 'model_type': model_type,
+                           **settings}))

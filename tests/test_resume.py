@@ -14,10 +14,10 @@ import tasks.text
 from lib.checkpoint import TO_RESUME
 
 @pytest.fixture
-def resume(run, tmp_path):
+def resume(start, tmp_path):
     """resume('--key=value', ...): go on with a run, by the settings that it has."""
-    return lambda *more, out_dir=tmp_path / 'out': run(
-        'train.py', f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *more)
+    return lambda *more, out_dir=tmp_path / 'out': start(
+        f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *more)
 
 def kill(*args):
     raise KeyboardInterrupt  # which nothing catches
