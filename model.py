@@ -173,9 +173,9 @@ class CausalSelfAttention(nn.Module):
         return (torch.dropout(weights, p, self.training) @ v).view(A, B, n, D)
 
 def once(make):
-    """make, computed once for the same arguments; to a compiler, a constant."""
+    """make, computed once for the same arguments; to a compiler, a constant (lib/device.py)."""
     kept = lru_cache(torch.inference_mode(False)(make))  # which serves training, too
-    return torch.compiler.assume_constant_result(lambda *args: kept(*args))
+    return lambda *args: kept(*args)
 
 @once
 def band(n, S, window, dtype, device):

@@ -7,7 +7,7 @@ import torch
 
 from lib.console import count, require, say
 from lib.contract import unit
-from model import Block
+from model import Block, band, rotary
 
 PRODUCTS = 'auto', 'onednn', 'torch'
 COMPILE = 'auto', 'off', 'kernels', 'graph'
@@ -123,6 +123,8 @@ def compile_blocks(model, compile, device, B=2):
         return 'off' if compile == 'kernels' else compile
     say('compiling the blocks: a minute or more, the first time')
     torch._dynamo.config.recompile_limit = 64  # all shapes of all kinds of blocks count as one
+    for table in (band, rotary):  # said here alone: it imports the compiler, which takes a second
+        torch.compiler.assume_constant_result(table)
     for block in blocks:
         block.compile(dynamic=False)
     if compile == 'graph':

@@ -8,11 +8,41 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import compare
+from configurator import configure
 from lib.console import explain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 PANGRAM = 'The quick brown fox jumps over that lazy dog; ABCDW?. '
+
+SMALL = dict(device='cpu', n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1, segment_size=4,
+             block_size=16, batch_size=4, max_iters=20, eval_interval=10, log_interval=1,
+             warmup_iters=2, dropout=0.1)
+OF_TASK = {  # so easy that some answers are right from the start, and sequences walk on
+    'text': dict(dataset='tiny'),
+    'needle': dict(dataset='tiny', batch_size=64, key_length=1, symbols=1, longest=3,
+                   probe_distance=9, carry='gated', learning_rate=0.01),
+    'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
+                  segments=2, questions=1, passed_at=-1.0),
+    'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
+    'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32),
+    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=48)}
+
+def flags(out_dir, data_dir='', task='text', **settings):
+    """The command line of a run of train.py, a second long."""
+    own = dict(data_dir=data_dir) if task in ('text', 'needle', 'facts') else {}
+    values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK.get(task, {}), **settings}
+    return [f'--{key}={value}' for key, value in values.items()]
+
+def check_error(words, call, *args, kind=SystemExit, **kwargs):
+    """A SystemExit in one line that holds all of the words, which | separates."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args, **kwargs)
+    message = caught.value.code
+    assert type(caught.value) is kind and message.startswith('error: ')
+    assert '\n' not in message and len(message) < 600, message
+    assert all(word in message for word in words.split('|')), message
 
 @pytest.fixture(autouse=True)
 def as_new(monkeypatch):
@@ -46,6 +76,28 @@ def run(monkeypatch, capsys):
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + error, globals=names)
     return run
 
+@pytest.fixture
+def compare_here(run, monkeypatch):
+    """compare_here('comparison.py', ...): compare.py and its scripts in this process, without
+    their pictures; its error or ''."""
+    async def call(s, script, **flags):
+        done = run(script, *(f'--{key}={value}' for key, value in flags.items()), '--device=cpu')
+        if done.code:
+            raise SystemExit(done.err.splitlines()[-1])
+        return done.out
+
+    def compare_here(*argv):
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, 'call', call)
+            patch.setattr(compare, 'CALIBRATION', (300, 2))
+            patch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
+            try:
+                compare.main(configure(vars(compare), [*map(str, argv)], 'comparison'))
+                return ''
+            except SystemExit as stop:
+                return str(stop)
+    return compare_here
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A folder with small prepared data sets, 'tiny' (some 2000 characters) and 'story', which has
@@ -58,13 +110,18 @@ def data_dir(tmp_path_factory):
     return folder
 
 @pytest.fixture
-def train(run, data_dir, tmp_path):
-    """train(**settings): a run of train.py on the small data set, seconds long; settings count."""
-    def train(model_type='fold', **settings):
-        small = dict(data_dir=data_dir, dataset='tiny', out_dir=tmp_path / 'out', device='cpu',
-                     model_type=model_type, n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1,
-                     segment_size=4, block_size=16, batch_size=4, max_iters=20, eval_interval=10,
-                     log_interval=1, warmup_iters=2, dropout=0.1)
-        small.update(settings)
-        return run('train.py', *(f'--{key}={value}' for key, value in small.items()))
-    return train
+def start(run, monkeypatch):
+    """start('--key=value', ...): train.py without its picture and its FLOPs: they take as long."""
+    def start(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
+            patch.setattr('lib.contract.flops_per_token', lambda *args: None)
+            return run('train.py', *args)
+    return start
+
+@pytest.fixture
+def train(start, data_dir, tmp_path):
+    """train(**settings): such a run on any task, a second long."""
+    return lambda model_type='fold', task='text', out_dir=tmp_path / 'out', **settings: start(
+        *flags(out_dir, **{'data_dir': data_dir, 'task': task, 'model_type': model_type,
+                           **settings}))

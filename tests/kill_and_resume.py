@@ -69,7 +69,7 @@ def disturbed_and_not(task, folder, kills, generator):
     print(f"{task}: {kills} kills, each followed by resume: all is the undisturbed run's, "
           'bit for bit')
 
-def main(kills, seed=0):
+def main(kills, tasks=TASKS, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'sums.txt')
         with open(path, 'w') as f:
@@ -77,7 +77,7 @@ def main(kills, seed=0):
         prepare('sums', file=path, data_dir=folder)
         with ThreadPoolExecutor() as threads:  # that wait for processes
             list(threads.map(lambda task: disturbed_and_not(
-                task, folder, kills, random.Random(f'{seed} {task}')), TASKS))
+                task, folder, kills, random.Random(f'{seed} {task}')), tasks))
 
 if __name__ == '__main__':
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lib.contract import make_model
+from lib.rows import rowwise
 
 V, C, HEADS, SEGMENT = 11, 8, 2, 3
 SIZES = dict(block_size=4 * SEGMENT, segment_size=SEGMENT, vocab_size=V, n_head=HEADS, n_embd=C,
@@ -37,6 +38,17 @@ def gradients(model):
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return grads
+
+def reach(model, idx, chunk, detach=True):
+    """|d loss of the last token / d embedding| of each token of one row, read in chunks between
+    which the carry is passed on, or detached."""
+    seen, embed, carry = [], model.embed, None
+    model.embed = lambda *args: seen.append(embed(*args)) or seen[-1]
+    for part in idx.split(chunk, dim=1):
+        logits, _, carry = model(part, carry=rowwise(torch.detach, carry) if detach else carry)
+    grads = torch.autograd.grad(logits.logsumexp(-1).sum(), seen, allow_unused=True)
+    return torch.cat([(torch.zeros_like(x) if g is None else g).flatten(0, 1).norm(dim=1)
+                      for x, g in zip(seen, grads)])
 
 @dataclass
 class ToyConfig:

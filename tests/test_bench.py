@@ -52,7 +52,7 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
 
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
-    rate, ready, compiled = bench.in_process('speed', 'fold truncated', '1+1x16x2', 8, s)
+    rate, ready, compiled = bench.train_side('speed', 'fold truncated', '1+1x16x2', 8, s)
     assert min(rate, ready) > 0 and compiled == 'off'
     before, after = bench.in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
     assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence

@@ -1,11 +1,14 @@
 """The comparison from start to report, on runs of seconds; what is equal in it; its arithmetic."""
+import asyncio
 import glob
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,31 +35,33 @@ prompts = ['1 ape']
 new_tokens = 12
 '''
 
-@pytest.fixture(scope='session')
-def compared(data_dir, tmp_path_factory):
-    """A whole comparison, interrupted and gone on with: (folder of the runs, the command)."""
-    folder = tmp_path_factory.mktemp('compared')
+@pytest.fixture
+def compared(data_dir, tmp_path_factory, compare_here):
+    """A whole comparison, interrupted and gone on with: (folder of the runs, flags)."""
+    folder = tmp_path_factory.getbasetemp() / 'compared'
+    runs, flags = folder / 'runs', [f'--data_dir={data_dir}', '--device=cpu']
+    if folder.exists():
+        return runs, flags
+    folder.mkdir()
     (folder / 'small.py').write_text(FILE)
-    command = [sys.executable, os.path.join(ROOT, 'compare.py'), str(folder / 'small.py'),
-               f"--out_dir={folder / 'runs'}", f'--data_dir={data_dir}', '--device=cpu']
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (folder / 'runs' / 'fold_1' / 'last.pt').exists():
+    argv = [str(folder / 'small.py'), f'--out_dir={runs}', *flags]
+    first = subprocess.Popen([sys.executable, os.path.join(ROOT, 'compare.py'), *argv],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (runs / 'fold_1' / 'last.pt').exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.1)
-    second = subprocess.run(command, capture_output=True, text=True)
-    assert f'process {first.pid} is at work in' in second.stderr and second.returncode == 1
-    child = int((folder / 'runs' / 'fold_1' / '.lock').read_text())
+    assert f'process {first.pid} is at work in' in compare_here(*argv)
+    child = int((runs / 'fold_1' / '.lock').read_text())
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=60)
     assert errors.endswith('stopped; the same command goes on from here\n')
     with pytest.raises(ProcessLookupError):  # it has ended with compare.py
         os.kill(child, 0)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / 'runs', command
+    assert compare_here(*argv) == ''
+    return runs, flags
 
 @pytest.fixture
-def again(compared, tmp_path, monkeypatch):
+def again(compared, compare_here, tmp_path, monkeypatch):
     """again(changes of FILE, *flags): once more in a copy of the folder; the copy, the error."""
     runs = shutil.copytree(compared[0], tmp_path / 'runs')
     (tmp_path / 'results').mkdir()
@@ -67,12 +72,7 @@ def again(compared, tmp_path, monkeypatch):
         for old, new in changes.items():
             text = text.replace(old, new)
         (tmp_path / 'small.py').write_text(text)
-        argv = [str(tmp_path / 'small.py'), f'--out_dir={runs}', *compared[1][4:], *flags]
-        try:
-            compare.main(configure(vars(compare), argv, 'comparison'))
-            return runs, ''
-        except SystemExit as stop:
-            return runs, str(stop)
+        return runs, compare_here(tmp_path / 'small.py', f'--out_dir={runs}', *compared[1], *flags)
     return again
 
 def test_from_start_to_report(compared):
@@ -86,6 +86,14 @@ def test_from_start_to_report(compared):
     assert report.difference_table(record) in text
     assert '## After 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
+
+def test_a_script_gives_what_it_prints_or_its_complaint(compared):
+    """Each in a process of its own."""
+    s, run = SimpleNamespace(device='cpu', threads=1), compared[0] / 'fold_1'
+    text = compare.call(s, 'sample.py', start='1 ape', seed=1337, max_new_tokens=12, out_dir=run)
+    assert [asyncio.run(text)] == json.loads((run / 'samples.json').read_text())['texts']
+    with pytest.raises(SystemExit, match='^error: .*unknown key --device'):
+        asyncio.run(compare.call(s, 'prepare.py'))
 
 def test_equal_means_equal(compared):
     parts = load_record(compared[0] / 'comparison.json')['parts']

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, check_error
 
 from configurator import Settings, at_least, configure, merge, numbers, one_of, show
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = '''"""Train a thing.\n\nMore words."""
 from configurator import configure, show
 # input and output
@@ -61,14 +61,6 @@ def settings(tmp_path, monkeypatch):
     return dict(__file__=str(tmp_path / 'script' / 'train.py'), os=os, helper=show, items=[1],
                 _private=1, LIMIT=1, out_dir='out', data_file='', file='', note='n', batch_size=12,
                 dropout=0.1, compile=False)
-
-def check_error(words, call, *args, **kwargs):
-    """A SystemExit in one line that holds all of the words, which | separates."""
-    with pytest.raises(SystemExit) as caught:
-        call(*args, **kwargs)
-    message = caught.value.code
-    assert message.startswith('error: ') and '\n' not in message and len(message) < 300
-    assert all(word in message for word in words.split('|')), message
 
 def write(text, name='my.py', folder='.'):
     Path(folder, name).write_text(text)

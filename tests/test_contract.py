@@ -8,8 +8,6 @@ import torch
 from small import SOME_KEYS, TOYS, Recurrent, all_logits, assert_equal, gradients, make, tokens
 from torch.nn import functional as F
 
-import compare
-from configurator import configure
 from lib.checkpoint import load, load_model
 from lib.contract import carries, unit
 from lib.gradients import backpropagate
@@ -23,7 +21,8 @@ from prepare import Tokenizer
 
 PEERS = [kind for kind in MODELS if not getattr(MODELS[kind][1], 'extend', None)]
 OWN = {kind: {'width': 7} for kind in TOYS}  # keys
-SMALL = dict(block_size=16, decay_from=1.0, learning_rate=0.01, stream=True)
+SMALL = dict(block_size=16, decay_from=1.0, learning_rate=0.01, stream=True, max_iters=10,
+             eval_interval=5)
 
 def halved(self, x, mlp=MLP.forward):
     return 0.5 * mlp(self, x)
@@ -53,32 +52,38 @@ def streamed(model, idx):
     assert (state.cache is not None) == bool(getattr(model, 'extend', None))
     return torch.stack([read_(model, token, state).clone() for token in idx.split(1, 1)], dim=1)
 
-@pytest.mark.parametrize('part, edit', [(MLP, halved), (CausalSelfAttention, scaled)])
-@pytest.mark.parametrize('kind, sizes', [
-    ('gpt', {'block_size': 60}), ('fold', {}), ('fold', {'carry': 'gated'}),
-    ('fold', {'segment_size': 40}), ('gpt', {'block_size': 60, 'window': 6}),
-    *(('fold', keys) for keys in SOME_KEYS[2:])])
-def test_an_edit_to_model_py_holds_everywhere(part, edit, kind, sizes, monkeypatch):
+def everywhere(model, x, y):
+    """Training loss and gradient, what is written, evaluation losses; all of one forward pass."""
+    loss, _ = backpropagate(model, x, y)
+    text = generate(model, x[:, :5], 25, generator=torch.Generator().manual_seed(1))
+    scored = token_losses(model, x[0])
+    logits = all_logits(model, x).detach()
+    assert_equal(streamed(model, x), logits)
+    assert_equal(loss, F.cross_entropy(logits[0], y[0]))
+    nats = F.cross_entropy(logits[0, :-1], x[0, 1:], reduction='none')
+    torch.testing.assert_close(scored.double(), nats, rtol=0, atol=1e-5)
+    logits, generator = all_logits(model, text)[:, 4:-1], torch.Generator().manual_seed(1)
+    expected = [sample_token(after, generator=generator) for after in logits.unbind(1)]
+    assert torch.equal(text[:, 5:], torch.cat(expected, dim=1))
+    return loss, gradients(model)['transformer.wte.weight'], text, scored
+
+EDITS = (MLP, halved), (CausalSelfAttention, scaled)
+
+@pytest.mark.parametrize('kind, sizes, edits', [
+    ('gpt', {'block_size': 30}, EDITS), ('fold', {}, EDITS), ('fold', {'segment_size': 20}, EDITS),
+    ('gpt', {'block_size': 30, 'window': 6}, EDITS), ('fold', {'carry': 'gated'}, EDITS),
+    *(('fold', keys, EDITS[i % 2:][:1]) for i, keys in enumerate(SOME_KEYS[2:]))])
+def test_an_edit_to_model_py_holds_everywhere(kind, sizes, edits, monkeypatch):
     """Training loss and gradient, evaluation loss and what is written change, and all of them are
     those of the edited forward pass; the caches go on serving."""
-    model, x, y = make(kind, **{'block_size': 120, **sizes}), tokens(1, 60), tokens(1, 60)
+    model, x, y = make(kind, **{'block_size': 60, **sizes}), tokens(1, 30), tokens(1, 30)
     found = []
-    for forward in (part.forward, edit):
-        monkeypatch.setattr(part, 'forward', forward)
-        loss, _ = backpropagate(model, x, y)
-        text = generate(model, x[:, :5], 55, generator=torch.Generator().manual_seed(1))
-        scored = token_losses(model, x[0])
-        found.append((loss, gradients(model)['transformer.wte.weight'], text, scored))
-        logits = all_logits(model, x).detach()
-        assert_equal(streamed(model, x), logits)
-        assert_equal(loss, F.cross_entropy(logits[0], y[0]))
-        nats = F.cross_entropy(logits[0, :-1], x[0, 1:], reduction='none')
-        torch.testing.assert_close(scored.double(), nats, rtol=0, atol=1e-5)
-        logits, generator = all_logits(model, text)[:, 4:-1], torch.Generator().manual_seed(1)
-        expected = [sample_token(after, generator=generator) for after in logits.unbind(1)]
-        assert torch.equal(text[:, 5:], torch.cat(expected, dim=1))
-    for before, after in zip(*found):
-        assert (before != after).any()
+    for part, forward in ((MLP, MLP.forward), *edits):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, 'forward', forward)
+            found.append(everywhere(model, x, y))
+    for before, *others in zip(*found):
+        assert all((before != after).any() for after in others)
 
 @pytest.fixture
 def toys(monkeypatch):
@@ -116,7 +121,7 @@ def test_a_model_that_breaks_the_contract_is_told_in_a_line(toys, train, tmp_pat
 def test_a_model_with_nothing_but_forward_does_all_that_others_do(
         kind, toys, run, train, data_dir, tmp_path):
     folder, again = tmp_path / 'run', tmp_path / 'again'
-    for out_dir, settings in ((folder, {}), (again, {'max_iters': 10}),
+    for out_dir, settings in ((folder, {}), (again, {'max_iters': 5}),
                               (again, {'init_from': 'resume'})):
         done = train(kind, out_dir=out_dir, **{**SMALL, **OWN.get(kind, {}), **settings})
         assert done.code == 0, done.err
@@ -136,23 +141,12 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     model, idx = model.double(), val[None, :16]
     assert_equal(streamed(model, idx), all_logits(model, idx).detach())
     written = run('sample.py', f'--out_dir={folder}', '--start=ape', '--temperature=0',
-                  '--max_new_tokens=30')
-    expected = generate(model, torch.tensor([tokenizer.encode('ape').tolist()]), 30, temperature=0)
+                  '--max_new_tokens=20')
+    expected = generate(model, torch.tensor([tokenizer.encode('ape').tolist()]), 20, temperature=0)
     assert written.code == 0 and written.out == tokenizer.decode(expected[0].tolist()) + '\n'
 
-    probed = run('probe.py', f'--out_dir={folder}', f'--data_dir={data_dir}',
-                 '--histories=0,12,24', '--bins=12,24,48', '--targets=5', '--resamples=20')
-    assert probed.code == 0, probed.err
-    metrics = load_record(folder / 'probe.json')['metrics']
-    assert metrics['loss']['value'] == pytest.approx(scored[-1]['val_loss'], abs=1e-5)
-
-def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_path, monkeypatch):
+def test_models_with_nothing_but_forward_are_compared(toys, compare_here, data_dir, tmp_path):
     """By compare.py as it is, but that its scripts run in this process, which knows them."""
-    async def call(s, script, **flags):
-        done = run(script, *(f'--{key}={value}' for key, value in flags.items()))
-        assert done.code == 0, done.err
-        return done.out
-    monkeypatch.setattr(compare, 'call', call)
     runs = {kind: {'model_type': kind, **OWN.get(kind, {})} for kind in [*TOYS, *PEERS]}
     (tmp_path / 'toys.py').write_text(
         "tokens, prompts, new_tokens = 192, ['ape'], 5\n"
@@ -160,9 +154,8 @@ def test_models_with_nothing_but_forward_are_compared(toys, run, data_dir, tmp_p
         "              n_layer=2, n_head=2, n_embd=8)\n"
         f"runs = {runs}\n"
         "probe = dict(histories='0,12', targets=5, words=5, resamples=20)\n")
-    argv = [str(tmp_path / 'toys.py'), f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
-            f'--data_dir={data_dir}']
-    compare.main(configure(vars(compare), argv, 'comparison'))
+    assert compare_here(tmp_path / 'toys.py', f"--out_dir={tmp_path / 'runs'}", '--device=cpu',
+                        f'--data_dir={data_dir}') == ''
     record = load_record(tmp_path / 'runs' / 'comparison.json')
     assert len(record['parts']) == 2 + len(PEERS)
     assert 'recurrent minus windowed, equal tokens' in record['metrics']

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from test_train import equal, load, starter
+from test_train import equal, load
 
 from lib import device
 from lib.checkpoint import load_model
@@ -11,7 +11,6 @@ from lib.pictures import curves
 from lib.scoring import token_losses
 
 MATMUL = torch.backends.mkldnn.matmul
-train = pytest.fixture(starter)
 
 @pytest.fixture
 def amd(monkeypatch):
@@ -78,9 +77,3 @@ def test_without_matplotlib_a_run_ends_well_and_says_so(monkeypatch, capsys, tmp
     curves(tmp_path / 'loss.png', 'title', {'a': {'x': 'x', 'y': 'y', 'points': []}})
     assert 'loss.png is not drawn: matplotlib is missing' in capsys.readouterr().out
     assert not (tmp_path / 'loss.png').exists()
-
-def test_a_device_that_is_not_there_is_told():
-    with pytest.raises(SystemExit, match="'tpu' is not available"):
-        device.pick_device('tpu')
-    with pytest.raises(SystemExit, match='more than this machine can use'):
-        device.set_threads(100_000)

@@ -30,14 +30,13 @@ def test_a_state_is_read_as_if_the_document_were_alone(kind, sizes, cached):
     """In any pieces, each row with borders of its own."""
     model = make(kind, border=B, **sizes)
     idx = text(3, 24, [(0, 0), (0, 8), (1, 8), (1, 9), (2, 22)])
+    expected = [torch.cat([all_logits(model, document[None, :-1])[0] for document in documents(
+        torch.cat((row, row.new_zeros(1))), B)]) for row in idx]
     for pieces in ([1] * 24, [7, 10, 7], [24]):
         state, at = empty_state(model, 3, cached), 0
         for part in idx.split(pieces, dim=1):
             at += part.size(1)
-            logits = read_(model, part, state)
-            for row in range(3):
-                document = documents(torch.cat((idx[row, :at], idx[row, :1])), B)[-1][None, :-1]
-                assert_equal(logits[row], all_logits(model, document)[0, -1])
+            assert_equal(read_(model, part, state), torch.stack(expected)[:, at - 1])
     assert state.read.tolist() == [16, 15, 2]
 
 @EVERY

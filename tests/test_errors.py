@@ -30,35 +30,20 @@ def contents(folder):
     return {path: content for path, content in found.items() if path.name != '.lock'}
 
 @pytest.mark.parametrize('settings, parts', [
-    (dict(lerning_rate=1), ['unknown key --lerning_rate', 'did you mean --learning_rate']),
-    (dict(batch_size=1.5), ["--batch_size='1.5'", 'expected an integer']),
-    (dict(learning_rate='fast'), ["--learning_rate='fast'", 'expected a finite number']),
-    (dict(stream='yes'), ["--stream='yes'", 'True or False']),
     (dict(batch_size=0), ['batch_size must be at least 1']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
-    (dict(dropout=1.5), ['dropout must lie in [0, 1)']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
     (dict(n_embd=4 * 10 ** 6), ['no memory for this model', 'n_embd']),
-    (dict(segment_size=5), ['block_size=16 must be a multiple of segment_size=5']),
-    (dict(past='none', carry='gated'), ["carry='gated' has no carry to mix with past='none'"]),
-    (dict(window=4), ["window is a GPT's"]), (dict(position='x'), ['position must be one of']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(seed=-1), ['seed must be at least 0']),
-    (dict(n_global=0), ['n_global must be at least 1']),
-    (dict(carry='x'), ["carry must be one of ('plain', 'gated'), not 'x'"]),
-    (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'", "not 'gtp'"]),
     (dict(task='txt'), ["task must be one of 'mqar', 'needle', 'pairs', 'text', 'track', not"]),
     (dict(dtype='float16'), ['dtype must be']),
-    (dict(device='gpu'), ["device='gpu' is not available"]),
-    (dict(device='meta'), ["device='meta' is not available"]),
+    (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
     (dict(beta1=1.0), ['beta1=1.0']),
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
     (dict(decay_from=1.5), ['decay_from=1.5']),
-    (dict(eval_tokens=1), ['eval_tokens=1', '2 or more']),
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
     (dict(out_dir=ROOT), ['is not empty', '--out_dir=... goes elsewhere']),
-    (dict(stretch=24), ['stretch=24 must be a multiple of block_size=16']),
-    (dict(stretch=32, stream=True), ['stream=True', 'set stretch=0']),
     (dict(bptt_segments=-1), ['bptt_segments must be at least 0']),
     (dict(model_type='gpt', bptt_segments=2), ['has no segments', 'bptt_segments must be 0']),
     (dict(model_type='gpt', recompute=True), ['has no segments', 'recompute False']),
@@ -92,8 +77,6 @@ def test_from_a_real_shell(tmp_path):
     (['--temperature=-1'], ['temperature must be at least 0']),
     (['--num_samples=0'], ['num_samples must be at least 1']),
     (['--top_p=1.5'], ['top_p must be at most 1']),
-    (['--max_new_token=3'], ['did you mean --max_new_tokens']),
-    (['--device=gpu'], ["device='gpu' is not available"]),
     (['--threads=100000'], ['threads=100000 is more than this machine can use']),
     (['--out_dir=nowhere'], ['no checkpoint at']),
     (['--out_dir={}'], ['no checkpoint at']),
@@ -173,15 +156,17 @@ def state_with(**entries):
     ('fold', state_with(cache=torch.tensor([]))), ('fold', state_with(cache=())),
     ('fold', state_with(logits=torch.zeros(1, 23, dtype=torch.float64))),
     ('gpt', state_with(tokens=torch.full((1, 16), 23))), ('gpt', state_with(tokens=None))])
-def test_states(run, train, tmp_path, model_type, spoiled):
-    part = spoiled.pop('part', 'is damaged')
-    path = tmp_path / 'state'
-    assert train(model_type, max_iters=1).code == 0
-    common = f"--out_dir={tmp_path / 'out'}", '--max_new_tokens=3', f'--save_state={path}'
-    assert run('sample.py', *common, '--start=ape').code == 0
-    change(path, **spoiled)
+def test_states(run, train, tmp_path, tmp_path_factory, model_type, spoiled):
+    kept, path = tmp_path_factory.getbasetemp() / f'read_{model_type}', tmp_path / 'out' / 'state'
+    if not kept.exists():
+        assert train(model_type, max_iters=1, out_dir=kept).code == 0
+        assert run('sample.py', f'--out_dir={kept}', f"--save_state={kept / 'state'}",
+                   '--start=ape', '--max_new_tokens=3').code == 0
+    shutil.copytree(kept, path.parent)
+    change(path, **{key: value for key, value in spoiled.items() if key != 'part'})
     before = contents(tmp_path)
-    check(run('sample.py', *common, f'--load_state={path}'), part)
+    check(run('sample.py', f'--out_dir={path.parent}', '--max_new_tokens=3',
+              f'--save_state={path}', f'--load_state={path}'), spoiled.get('part', 'is damaged'))
     assert contents(tmp_path) == before
 
 def test_checkpoints_that_do_not_fit(train, tmp_path):
@@ -260,13 +245,6 @@ def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
     check(train(init_from='resume', **needle), "holds a run of task 'text', not 'needle'")
     check(train(init_from=tmp_path / 'needle', out_dir=tmp_path / 'b', **{**needle, 'symbols': 2}),
           "the checkpoint was trained with another ['symbols']")
-
-def test_a_folder_in_place_of_a_file_is_found_before_the_work(run, train, model_dir,  # noqa: F811
-                                                              tmp_path):
-    (tmp_path / 'new' / 'loss.png').mkdir(parents=True)
-    check(train(out_dir=tmp_path / 'new', overwrite=True), 'new/loss.png is of another kind')
-    (model_dir / 'probe.json').mkdir()
-    check(run('probe.py', f'--out_dir={model_dir}', '--device=cpu'), 'probe.json')
 
 BENCH = '--sizes=1+1x16x2', '--window=24', '--block_sizes=24'
 COMPARISON = """tokens, seeds, prompts = 24, [1], ['a']

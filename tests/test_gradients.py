@@ -26,11 +26,11 @@ def literal(model, x, y, carry, cut):
 
 @EVERY
 @RECOMPUTE
-@pytest.mark.parametrize('carried', [False, True])
-@pytest.mark.parametrize('T', [l, 5 * l, 5 * l + 1])
-@pytest.mark.parametrize('cut', [1, 2, 3, 99])
+@pytest.mark.parametrize('T, cut, carried', [
+    (l, 1, True), (5 * l, 1, False), (5 * l, 2, True), (5 * l + 1, 2, False),
+    (5 * l + 1, 3, True), (5 * l, 99, False), (5 * l + 1, 99, True)])
 def test_gradients_are_those_of_one_graph_with_the_carry_cut(
-        kind, sizes, recompute, carried, T, cut):
+        kind, sizes, recompute, T, cut, carried):
     """Of whole training where there is no cut, with the last chunk short and a segment short, from
     nothing and from a carry; tokens of any kind of integer."""
     model, x, y = make(kind, **sizes), tokens(2, T), tokens(2, T)
@@ -47,8 +47,8 @@ def test_gradients_are_those_of_one_graph_with_the_carry_cut(
 @ALL_KEYS
 @RECOMPUTE
 def test_gradients_for_every_combination_of_keys(keys, recompute):
-    test_gradients_are_those_of_one_graph_with_the_carry_cut('fold', keys, recompute, True,
-                                                             5 * l + 1, 2)
+    test_gradients_are_those_of_one_graph_with_the_carry_cut('fold', keys, recompute,
+                                                             3 * l + 1, 2, True)
 
 @EVERY
 @RECOMPUTE
@@ -124,7 +124,7 @@ def test_training_truncated_and_recomputed(train, tmp_path):
     losses = []
     for i, settings in enumerate((dict(bptt_segments=2), dict(bptt_segments=2, recompute=True),
                                   dict(recompute=True), {})):
-        run = train(out_dir=tmp_path / str(i), dropout=0.0, **settings)
+        run = train(out_dir=tmp_path / str(i), dropout=0.0, max_iters=5, **settings)
         assert run.code == 0, run.err
         lines = map(json.loads, open(tmp_path / str(i) / 'log.jsonl'))
         losses.append([line['loss'] for line in lines if 'loss' in line])

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from small import SEGMENT, SOME_KEYS, gradients, make, tokens
-from test_train import equal, load, starter
+from test_train import equal, load
 
 from lib import graphs, processes
 from lib.contract import blank_carry
@@ -14,7 +14,6 @@ from lib.graphs import MOST, Graphs
 from lib.records import load_record
 from lib.rows import rowwise
 
-train = pytest.fixture(starter)
 EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tuple
     *(('fold', SOME_KEYS[i]) for i in (0, 3, 7)), ('gpt', {}), ('gpt', {'window': SEGMENT}),
     ('lstm', {}), ('recurrent', {})])

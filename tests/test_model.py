@@ -2,9 +2,9 @@
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
+from literal import Literal
 from small import (
     ALL_KEYS,
     KEYS,
@@ -16,9 +16,9 @@ from small import (
     assert_equal,
     gradients,
     make,
+    reach,
     tokens,
 )
-from torch.nn import functional as F
 
 from lib.checkpoint import load_weights
 from lib.contract import adamw, blank_carry, count_parameters, flops_per_token, make_model
@@ -108,9 +108,9 @@ def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
     monkeypatch.setattr('model.FUSED_FROM', 1000)
     assert_equal(all_logits(model, idx), long)
 
-@pytest.mark.parametrize('n_local, n_global', [(0, 2), (2, 2), (1, 3), (3, 1)])
-@pytest.mark.parametrize('bias, keys', [
-    (False, {}), *((True, keys) for keys in KEYS if keys['carry'] == 'plain')])
+@pytest.mark.parametrize('n_local, n_global, bias, keys', [
+    (0, 2, False, {}), (1, 3, False, {}), (3, 1, True, KEYS[18]),
+    *((2, 2, True, keys) for keys in KEYS if keys['carry'] == 'plain')])
 def test_one_segment_is_a_gpt(n_local, n_global, bias, keys):
     """Parameters, logits, loss and gradients."""
     gpt = small_gpt(n_layer=n_local + n_global, bias=bias,
@@ -125,78 +125,16 @@ def test_one_segment_is_a_gpt(n_local, n_global, bias, keys):
     assert_equal(*(backpropagate(model, idx, targets)[0] for model in (gpt, fold)))
     assert_equal(gradients(gpt), gradients(fold))
 
-def literal_logits(model, idx):
-    """Eq. 13, 16 and 17 as they are printed, and the other values of the keys, for one row of
-    tokens: loops over s, i, token and head, places counted from the start of the text; numpy."""
-    w = {name: value.numpy() for name, value in model.state_dict().items()}
-    c, erf = model.config, np.vectorize(math.erf)
-
-    def norm(x, name):
-        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
-        return x * w[name + '.weight'] + w[name + '.bias']
-
-    def linear(x, name):
-        return w[name + '.weight'] @ x + w[name + '.bias']
-
-    def turned(x, place):
-        """A head's query or key as a complex number a pair of channels, turned by its place."""
-        half = len(x) // 2
-        turns = place * c.rotary_base ** (-np.arange(half) / half) * (c.position == 'rotary')
-        return (x[:half] + 1j * x[half:]) * np.exp(1j * turns)
-
-    def evolve(layer, x, seen):
-        """Token state x one layer on; it attends to the (place, state) in `seen`, itself last."""
-        h, heads = f'transformer.h.{layer}.', []
-        seen = [(t, linear(norm(state, h + 'ln_1'), h + 'attn.c_attn')) for t, state in seen]
-        for head in np.split(np.arange(C), SIZES['n_head']):
-            q = turned(seen[-1][1][head], seen[-1][0])
-            scores = [(q.conj() @ turned(qkv[C + head], t)).real for t, qkv in seen]
-            a = np.exp(np.array(scores) / math.sqrt(len(head)))
-            heads.append(sum(p * qkv[2 * C + head] for p, (_, qkv) in zip(a / a.sum(), seen)))
-        x = x + linear(np.concatenate(heads), h + 'attn.c_proj')
-        f = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
-        return x + linear(f * (1 + erf(f / math.sqrt(2))) / 2, h + 'mlp.c_proj')
-
-    def all_of(layer, states, seen_by):
-        """Token states {place: state}, each one layer on, having seen those that it may."""
-        return {t: evolve(layer, x, seen_by(t)) for t, x in states.items()}
-
-    def up_to(t, states, first=0):
-        return [(place, x) for place, x in states.items() if first <= place <= t]
-
-    x = {t: w['transformer.wte.weight'][i] for t, i in enumerate(idx)}
-    if c.position == 'learned':
-        x = {t: state + w['transformer.wpe.weight'][t % l] for t, state in x.items()}
-    for i in range(c.n_local):  # eq. 16, or of the last l tokens
-        x = all_of(i, x, lambda t: up_to(t, x, t - l + 1 if c.local == 'sliding' else t // l * l))
-    carry, logits = {}, []
-    for s in range(len(idx) // l):
-        current = {t: x[t] for t in range(s * l, s * l + l)}
-        past = carry if c.past != 'none' else {}
-        for i in range(c.n_local, c.n_local + c.n_global):
-            new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)])  # eq. 17
-            if c.past == 'evolving':
-                past = all_of(i, past, lambda t: up_to(t, past))  # eq. 13
-            current = new
-        if c.carry == 'gated' and s:
-            for t, new in current.items():
-                g = 1 / (1 + np.exp(-linear(np.concatenate((carry[t - l], new)), 'carry_gate')))
-                current[t] = g * carry[t - l] + (1 - g) * new
-        logits += [w['lm_head.weight'] @ norm(state, 'transformer.ln_f')
-                   for state in current.values()]
-        carry = {t: x[t] for t in current} if c.past == 'local' else current
-    return torch.from_numpy(np.stack(logits))
-
 @pytest.mark.parametrize('n_local, n_global', [(0, 1), (2, 2), (1, 3)])
 def test_the_equations(n_local, n_global):
     model, idx = make(n_local=n_local, n_global=n_global), tokens(2, 4 * l)
     for row, logits in zip(idx, all_logits(model, idx).detach()):
-        assert_equal(logits, literal_logits(model, row.tolist()))
+        assert_equal(logits, Literal(model).logits(row.tolist()))
 
 @ALL_KEYS
 def test_the_equations_with_each_combination_of_keys(keys):
     model, idx = make(rotary_base=50.0, **keys), tokens(1, 4 * l)
-    assert_equal(all_logits(model, idx).detach()[0], literal_logits(model, idx[0].tolist()))
+    assert_equal(all_logits(model, idx).detach()[0], Literal(model).logits(idx[0].tolist()))
 
 @pytest.mark.parametrize('kind, sizes', [*(('fold', keys) for keys in KEYS),
                                          ('gpt', {'window': l, 'position': 'rotary'})])
@@ -209,7 +147,7 @@ def test_chunks_with_the_carry_passed_equal_one_call(kind, sizes):
             logits, _, carry = model(chunk, chunk, carry)
             parts.append(logits)
         assert_equal((torch.cat(parts, dim=1), carry), (whole, last))
-    for T in range(1, 3 * l):  # a short last segment changes nothing and carries nothing on
+    for T in (1, l, l + 2, 2 * l + 1):  # a short last segment changes and carries on nothing
         logits, _, short = model(idx[:, :T], idx[:, :T])
         assert_equal(logits, whole[:, :T])
         if T % l:
@@ -221,22 +159,12 @@ def test_causality(kind, sizes):
     """Across the borders of segments, too; and what follows the changed token does change."""
     model, idx = make(kind, **sizes), tokens(1, 4 * l)
     before = all_logits(model, idx)
-    for t in range(idx.size(1)):
+    for t in (0, 1, l - 1, l, 2 * l + 1, 4 * l - 1):
         changed = idx.clone()
         changed[0, t] = (changed[0, t] + 1) % V
         after = all_logits(model, changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert (after[:, t] != before[:, t]).any()
-
-def reach(model, cut, segments=16):
-    """|d loss of the last token / d embedding| of each token, the carry detached every `cut`."""
-    seen, embed, carry = [], model.embed, None
-    model.embed = lambda *args: seen.append(embed(*args)) or seen[-1]
-    for chunk in tokens(1, segments * l).split(cut * l, dim=1):
-        logits, _, carry = model(chunk, carry=rowwise(torch.detach, carry))
-    grads = torch.autograd.grad(logits.logsumexp(-1).sum(), seen, allow_unused=True)
-    return torch.cat([(torch.zeros_like(x) if g is None else g).flatten(0, 1).norm(dim=1)
-                      for x, g in zip(seen, grads)])
 
 @ALL_KEYS
 def test_reach_is_the_unrolled_length_and_ends_where_the_carry_is_detached(keys):
@@ -244,14 +172,15 @@ def test_reach_is_the_unrolled_length_and_ends_where_the_carry_is_detached(keys)
     model = make(**keys)
     windows = {'local': 2 * l - 1, 'none': l - 1}.get(keys['past'], 16 * l)  # beside the token
     windows += model.config.n_local * (l - 1) if keys['local'] == 'sliding' else 0
-    for cut in (1, 2, 4, 16):
-        found, whole = reach(model, cut), min(cut * l, 1 + windows)
+    for cut in (1, 4, 16):
+        found, whole = reach(model, tokens(1, 16 * l), cut * l), min(cut * l, 1 + windows)
         assert (found[:-whole] == 0).all() and (found[-whole:] > 0).all(), cut
 
 def test_reach_of_a_sliding_window_is_a_window_a_layer():
     model = make('gpt', window=l, position='rotary')
     whole = 1 + model.config.n_layer * (l - 1)
-    assert (reach(model, 16)[:-whole] == 0).all() and (reach(model, 16)[-whole:] > 0).all()
+    found = reach(model, tokens(1, 16 * l), 16 * l)
+    assert (found[:-whole] == 0).all() and (found[-whole:] > 0).all()
 
 @EVERY
 def test_rows_never_influence_each_other(kind, sizes):
@@ -318,17 +247,6 @@ def test_flops_are_those_of_what_is_read_and_of_no_more(kind, T, sizes, expected
     model = make(kind, **sizes)
     assert flops_per_token(model, T) * T == 6 * (expected + T * C * V)
     assert not gradients(model)
-
-@EVERY
-def test_loss_is_the_mean_over_positions_and_skips_targets_of_minus_one(kind, sizes):
-    model, idx, targets = make(kind, **sizes), tokens(2, 12), tokens(2, 12)
-    targets[0, 3] = targets[1, 7] = -1
-    logits, loss, _ = model(idx, targets)
-    nats = -F.log_softmax(logits, dim=-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    assert_equal(loss, nats[targets >= 0].mean())
-    last, none, _ = model(idx)
-    assert none is None
-    assert_equal(last, logits[:, -1:])
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
 def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(prefix):

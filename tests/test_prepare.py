@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from conftest import ROOT, check_error
 
 import prepare
 from prepare import DownloadError, Tokenizer, load_meta
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = 'To be,\r or\0not\u2028to be\x85\x1cé😀\n' * 4
 PARTS = ['meta.json', 'train.bin', 'val.bin']
 TRUE = b'First Citizen: speak. ' * 20  # in the place of tiny Shakespeare
@@ -32,15 +32,6 @@ def make(text=TEXT, dataset='mine', **settings):
     Path('my.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
     settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), **settings}
     return prepare.prepare(dataset, **settings)
-
-def check_error(words, call, *args, kind=SystemExit, **kwargs):
-    """A SystemExit in one line that holds all of the words, which | separates."""
-    with pytest.raises(SystemExit) as caught:
-        call(*args, **kwargs)
-    message = caught.value.code
-    assert type(caught.value) is kind and message.startswith('error: ')
-    assert '\n' not in message and len(message) < 600, message
-    assert all(word in message for word in words.split('|')), message
 
 def command(*argv, setup=''):
     """Run prepare.py as a program; `setup` is code that runs before it."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small import V, make
+from test_sample import model_dir  # noqa: F401 (a fixture)
 
 from lib import history
 from lib.records import load_record
@@ -166,10 +167,10 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, tmp_path, 
     (lambda saved: saved['config'].update(stretch=[1]), 'stretch=[1]: expected an integer'),
     (lambda saved: saved.pop('data'), 'does not name its data set'),
     (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
-def test_only_what_was_trained_on_is_scored(train, run, tmp_path, data_dir, change, problem):
-    train(max_iters=1)
-    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, change,  # noqa: F811
+                                             problem):
+    saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
     change(saved)
-    torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
-    done = run('probe.py', *SMALL, f"--out_dir={tmp_path / 'out'}", f'--data_dir={data_dir}')
+    torch.save(saved, model_dir / 'ckpt.pt')
+    done = run('probe.py', *SMALL, f'--out_dir={model_dir}', f'--data_dir={data_dir}')
     assert done.code == 1 and done.err.startswith('error: ') and problem in done.err

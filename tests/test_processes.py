@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, flags
 from test_tasks import make_task
-from test_train import assert_same_runs, flags, load, records, starter
+from test_train import equal, load, records
 
 SCRIPT = os.path.join(ROOT, 'train.py')
-train = pytest.fixture(starter)
 
 def start(words, others=None):
     """Two processes as torchrun starts them, at half its cost: on two machines if the second has
@@ -76,36 +75,34 @@ def test_machines_with_other_data_or_settings_end_in_a_line(data_dir, tmp_path):
         errors = finish(start(own, flags(tmp_path / 'out', **{'max_iters': 8, **other})), code=1)
         assert words in errors[1] and all(error.count('\n') <= 1 for error in errors), errors
 
-def test_streams_of_two_processes_go_on_in_one(train, data_dir, tmp_path):
-    """Beyond the end of the corpus, where a row goes on at its start."""
+def test_streams_of_two_processes_that_nobody_reads_go_on_in_one(train, data_dir, tmp_path):
+    """Both stop, though the pipe was closed before they began."""
     settings = dict(stream=True, block_size=80, bptt_segments=3, gradient_accumulation_steps=2,
-                    dropout=0.0, eval_interval=7, threads=1, decay_from=1.0)
-    train(out_dir=tmp_path / 'one', max_iters=21, **settings)
-    finish(start(flags(tmp_path / 'two', data_dir, max_iters=14, **settings)))
-    assert train(out_dir=tmp_path / 'two', max_iters=21, init_from='resume', **settings).code == 0
-    assert_close_runs(tmp_path / 'one', tmp_path / 'two', 21)
+                    dropout=0.0, max_iters=9, threads=1, decay_from=1.0)
+    train(out_dir=tmp_path / 'one', **settings)
+    first, second = start(flags(tmp_path / 'two', data_dir, **settings))
+    first.stdout = first.stdout.close()
+    assert finish([first, second]) == ['', '']
+    assert load(tmp_path / 'two' / 'last.pt')['iter_num'] == 1
+    assert train(out_dir=tmp_path / 'two', init_from='resume', **settings).code == 0
+    assert_close_runs(tmp_path / 'one', tmp_path / 'two', 9)
 
 def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, tmp_path):
-    settings = dict(task='needle', eval_interval=15, max_iters=30, threads=1)
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    finish(start(flags(whole, data_dir, **settings)))
-    first, second = start(flags(parts, data_dir, **settings))
+    """What each process saved is what it goes on with: resumed for no update, it saves the same."""
+    settings = dict(task='needle', eval_interval=15, max_iters=30, decay_from=1.0, threads=1)
+    first, second = start(flags(tmp_path, data_dir, **settings))
     assert any(line.startswith('iter 3') for line in first.stdout)
     first.stdout = first.stdout.close()
     assert finish([first, second]) == ['', '']
-    saved = load(parts / 'last.pt')
+    saved = load(tmp_path / 'last.pt')
     assert 3 <= saved['iter_num'] < 30
     assert all(len(own['walkers']['carry']) for own in saved['task_state']['processes'])
     with pytest.raises(SystemExit, match='is one of 2 processes'):
         make_task('needle').load_state(saved['task_state'], 'cpu')
-    finish(start(flags(parts, data_dir, init_from='resume', **settings)))
-    assert_same_runs(whole, parts)
-
-def test_nobody_reads_from_the_start_on(data_dir, tmp_path):
-    first, second = start(flags(tmp_path / 'out', data_dir, max_iters=3000, threads=1))
-    first.stdout = first.stdout.close()
-    assert finish([first, second]) == ['', '']
-    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == 1
+    again = dict(settings, init_from='resume', max_iters=saved['iter_num'])
+    finish(start(flags(tmp_path, data_dir, **again)))
+    kept = 'model', 'optimizer', 'rng', 'task_state', 'iter_num'
+    equal(*([content[key] for key in kept] for content in (load(tmp_path / 'last.pt'), saved)))
 
 def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
     """Where the log is to be, something else is: one line, nothing from the other."""

@@ -7,19 +7,17 @@ import sys
 import kill_and_resume
 import pytest
 import torch
-from conftest import ROOT
-from test_train import assert_same_runs, flags, load, records, starter, watch
+from conftest import ROOT, flags
+from test_train import assert_same_runs, load, records, watch
 
 import tasks.text
 from lib.checkpoint import TO_RESUME
 
-train = pytest.fixture(starter)
-
 @pytest.fixture
-def resume(run, tmp_path):
+def resume(start, tmp_path):
     """resume('--key=value', ...): go on with a run, by the settings that it has."""
-    return lambda *more, out_dir=tmp_path / 'out': run(
-        'train.py', f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *more)
+    return lambda *more, out_dir=tmp_path / 'out': start(
+        f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *more)
 
 def kill(*args):
     raise KeyboardInterrupt  # which nothing catches
@@ -33,10 +31,10 @@ def kill(*args):
     dict(task='track'), dict(task='mqar')])
 def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypatch):
     """And saving more often changes nothing."""
-    settings = dict(max_iters=14, eval_interval=6, log_interval=3, **mode)
+    settings = dict(max_iters=11, eval_interval=6, log_interval=3, **mode)
     assert train(out_dir=tmp_path / 'whole', **settings).code == 0
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, lambda optimizer, n: n < 11 or kill())
+        watch(patch, lambda optimizer, n: n < 10 or kill())
         train(checkpoint_interval=4, **settings)
     saved = load(tmp_path / 'out' / 'last.pt')
     assert saved['iter_num'] == 8
@@ -152,8 +150,8 @@ def test_a_resumed_run_keeps_the_keys_of_its_model(train, resume):
     (dict(task='pairs'), ['--dropout=0.5', '--fresh=5'], 'fresh=5')])
 def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given, problem):
     """And not the defaults, which it does not go on with."""
-    train(max_iters=10, **before)
-    done = resume('--max_iters=12', *given)
+    train(max_iters=2, **before)
+    done = resume('--max_iters=3', *given)
     assert done.code == len(done.err.splitlines()) == bool(problem) and problem in done.err
 
 def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monkeypatch):
@@ -180,4 +178,4 @@ def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monke
     assert last.exists() and resume('--max_iters=3').code == 0
 
 def test_killed_with_sigkill_and_resumed():
-    kill_and_resume.main(2)
+    kill_and_resume.main(2, ['text'])

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import OF_TASK, SMALL, equal, load, records, starter
+from conftest import OF_TASK, SMALL
+from test_train import equal, load, records
 from torch.nn import functional as F
 
 from configurator import configure
@@ -19,7 +20,6 @@ TRACK = dict(segment_size=12, block_size=24, symbols=4, cups=3, every=4)
 PAIRS = dict(segment_size=12, names=9, symbols=16, pairs=5, batch_size=8, fresh=3)
 FIRST_DIGIT, MARK, ASK, FIRST_NAME = 16, 26, 27, 28  # of these
 close = partial(equal, atol=1e-10)
-train = pytest.fixture(starter)
 
 def make_task(name, model_type='', **settings):
     """A Task as train.py makes it, of its defaults and these settings; started, if a type of model

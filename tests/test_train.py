@@ -5,42 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import OF_TASK
 
 import prepare
 from lib.records import load_record
 
-SMALL = dict(device='cpu', n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1, segment_size=4,
-             block_size=16, batch_size=4, max_iters=20, eval_interval=10, log_interval=1,
-             warmup_iters=2, dropout=0.1)
-OF_TASK = {  # so easy that some answers are right from the start, and sequences walk on
-    'text': dict(dataset='tiny', eval_tokens=200),
-    'needle': dict(dataset='tiny', batch_size=64, key_length=1, symbols=1, longest=3,
-                   probe_distance=9, carry='gated', learning_rate=0.01),
-    'pairs': dict(segment_size=6, block_size=24, names=5, symbols=2, pairs=3, together=2, fresh=2,
-                  segments=2, questions=1, passed_at=-1.0),
-    'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
-    'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32),
-    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=48)}
-
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
          'model_args', 'model_type', 'task', 'tokenizer', 'data'}  # texts, that stay anyhow
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)  # of values in values, too
-
-def flags(out_dir, data_dir='', task='text', **settings):
-    """The command line of a run of train.py on any task, a second long."""
-    own = dict(data_dir=data_dir) if task in ('text', 'needle', 'facts') else {}
-    values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK[task], **settings}
-    return [f'--{key}={value}' for key, value in values.items()]
-
-def starter(run, tmp_path, data_dir, monkeypatch):
-    """train(**settings): such a run here, without its picture and its FLOPs: they take as long."""
-    monkeypatch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
-    monkeypatch.setattr('lib.contract.flops_per_token', lambda *args: None)
-    return lambda model_type='fold', task='text', out_dir=tmp_path / 'out', **settings: run(
-        'train.py', *flags(out_dir, **{'data_dir': data_dir, 'task': task,
-                                       'model_type': model_type, **settings}))
-
-train = pytest.fixture(starter)
 
 def load(path):
     return torch.load(path, weights_only=True)  # nothing in a checkpoint needs trust
@@ -76,11 +48,12 @@ def watch(monkeypatch, act):
                                               ('track', 'fold'), ('track', 'gpt'),
                                               ('mqar', 'fold'), ('mqar', 'gpt')])
 def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
-    for name, seed, interval in (('a', 1, 20), ('b', 1, 3), ('c', 2, 20)):  # of evaluations
-        done = train(model_type, task, tmp_path / name, seed=seed, eval_interval=interval)
+    for name, n, seed, interval in (('a', 12, 1, 12), ('b', 12, 1, 5), ('c', 2, 2, 2)):
+        done = train(model_type, task, tmp_path / name, seed=seed, max_iters=n,
+                     decay_from=1.0, eval_interval=interval)
         assert done.code == 0, done.err
     a, b, c = (records(tmp_path / name, 'loss') for name in 'abc')
-    assert len(a) == 20 and a == b and a != c
+    assert len(a) == 12 and a == b and a[:2] != c
     equal(*(load(tmp_path / name / 'last.pt')['model'] for name in 'ab'))
     assert task != 'text' or sum(dict(a[-5:]).values()) < sum(dict(a[:5]).values())
 
@@ -100,7 +73,7 @@ def test_log_lines_are_means_of_their_interval(train, tmp_path):
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_accumulated_micro_batches_equal_one_large_batch(train, tmp_path, stream):
-    settings = dict(dropout=0.0, max_iters=12, stream=stream)
+    settings = dict(dropout=0.0, max_iters=5, stream=stream)
     train(out_dir=tmp_path / 'a', batch_size=8, **settings)
     train(out_dir=tmp_path / 'b', batch_size=2, gradient_accumulation_steps=4, **settings)
     a, b = (dict(records(tmp_path / name, 'loss')) for name in 'ab')
@@ -134,7 +107,7 @@ def test_best_and_last_are_kept_apart(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('task', OF_TASK)
 def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_path, task):
-    train(task=task, seed=5)
+    train(task=task, seed=5, max_iters=4, eval_interval=2)
     saved = load(tmp_path / 'out' / 'ckpt.pt')
     assert saved['task'] == task and saved['config']['seed'] == 5
     assert task != 'text' or 'a' in saved['tokenizer']['chars']
@@ -142,7 +115,7 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
     assert (record['what'], record['seeds']) == ('training', [5])
     assert [record['metrics'][key]['value'] for key in ('loss', 'tokens')] == [
         log[-1]['val_loss'], log[-2]['tokens']]
-    for key, name, n in (('loss', 'training loss', 20), ('val_loss', 'validation loss', 2)):
+    for key, name, n in (('loss', 'training loss', 4), ('val_loss', 'validation loss', 2)):
         points = [{'x': line['tokens'], 'value': line[key]} for line in log if key in line]
         assert record['curves'][name]['points'] == points and len(points) == n
 

@@ -4,19 +4,20 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import OF_TASK, SMALL
 from test_tasks import make_task
-from test_train import OF_TASK, SMALL, starter, watch
+from test_train import watch
 
 from lib.contract import make_model
 
-train = pytest.fixture(starter)
 READERS = 'item', 'cpu', 'tolist', '__bool__', '__float__'
 
 @pytest.mark.parametrize('task, settings', [
     ('text', {}), ('text', dict(stream=True, bptt_segments=2, gradient_accumulation_steps=2)),
-    ('text', dict(recompute=True)), ('needle', {}), ('track', {}), ('pairs', {}), ('mqar', {})])
+    ('text', dict(recompute=True)), ('needle', {}), ('track', {}), ('pairs', {}), ('mqar', {}),
+    ('facts', {})])
 def test_an_update_reads_nothing_before_its_backward_pass(task, settings, data_dir, monkeypatch):
-    if task in ('text', 'needle'):
+    if task in ('text', 'needle', 'facts'):
         settings = dict(data_dir=data_dir, **settings)
     job, events = make_task(task, **settings), []
     sizes = {**SMALL, **OF_TASK[task], **job.sizes, 'dropout': 0.0}
@@ -38,7 +39,7 @@ def test_an_update_reads_nothing_before_its_backward_pass(task, settings, data_d
     text = ' '.join(events)
     assert 'backward' in text and 'update read' not in text and 'read backward' not in text
     assert ('read' in text) == (task != 'text')
-    assert task not in ('needle', 'track', 'pairs') or len(job.walkers)
+    assert task not in ('needle', 'track', 'pairs', 'facts') or len(job.walkers)
 
 def test_between_lines_of_the_log_no_loss_is_read(train, monkeypatch):
     reads, counts = [], []
