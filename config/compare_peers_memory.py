@@ -20,7 +20,7 @@ _tasks = {
     'five cups': dict(task='track', cups=5, every=12, **_walk),
     'parity': dict(task='track', cups=2, every=2, **_walk),
     'facts': dict(task='facts', dataset='shakespeare', block_size=96, **_walk),
-    'recall': dict(task='mqar', block_size=256),
+    'recall': dict(task='mqar', block_size=264),
 }
 runs = {f'{name}, {task}': {**model, **_split, **settings}
         for task, settings in _tasks.items() for name, model in _models.items()}

@@ -219,5 +219,6 @@ def test_the_plans_of_the_comparisons_in_the_repository(name):
     sizes = [{**run.settings, 'bias': False, 'vocab_size': 65} for run in some
              if run.settings.get('carry') != 'gated' and '192 channels' != run.name]
     models = [make_model(size['model_type'], size) for size in sizes]
-    assert len({run.tokens for run in some}) == 1
-    assert len({count_parameters(model) for model in models}) == 1
+    assert len({run.settings['max_iters'] if c['updates'] else run.tokens for run in some}) == 1
+    counts = [*map(count_parameters, models)]
+    assert max(counts) <= min(counts) * (1.03 if 'peers' in name else 1)  # a peer's can be near
