@@ -1,7 +1,7 @@
 """
 Side by side: train models on the same task, probe and sample each, report which is ahead.
 
-    python compare.py config/compare_shakespeare.py               # 90 minutes on two CPU cores
+    python compare.py config/compare_shakespeare.py               # hours on two CPU cores
     python compare.py config/compare_shakespeare.py --quick=True  # a few updates a run, to try it
 
 Each run is one of train.py in a folder of its own. Ctrl-C stops, and the same command goes on from

@@ -1,7 +1,6 @@
 # What moves how far back a fold uses Python source:
 #   python compare.py config/compare_python_reach.py
 # One change at a time to the fold of compare_python_long.py at a sixth of its tokens.
-# compare_python_recipe.py is the recipe that wins on tiny Shakespeare, trained for longer.
 seeds = [1337]
 tokens = 1_474_560
 
