@@ -37,7 +37,7 @@ class Steps:
                       '--batch_size=4', '--compile=off', '--bptt_segments=1']
 
     def train(self, name, *more, task='text', wanted='done, '):
-        own = [self.data, f'--dataset={DATASET}'] if task in ('text', 'needle') else []
+        own = [self.data, f'--dataset={DATASET}'] if task in ('text', 'needle', 'facts') else []
         own += ['--eval_tokens=2000'] * (task == 'text')
         return f'train {name}', ['train.py', f'--task={task}', f'--out_dir={self.work}/{name}',
                                  *self.short, *own, *more], wanted
@@ -84,7 +84,7 @@ class Steps:
                 'bfloat16': ['--dtype=bfloat16', '--position=rotary'],
                 **{kind: [f'--model_type={kind}'] for kind in MODELS
                    if kind not in ('fold', 'gpt')}}
-        tasks = {'needle': [], 'track': [], 'pairs': ['--fresh=4'],
+        tasks = {'needle': [], 'track': [], 'facts': [], 'pairs': ['--fresh=4'],
                  'mqar': ['--vocabulary=64', '--lengths=32:4']}
         recall = '--distances=12,48', '--sequences=8', '--most=2', self.data
         alone = not TINY and torch.cuda.device_count() < 2
