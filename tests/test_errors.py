@@ -36,7 +36,7 @@ def contents(folder):
     (dict(n_embd=4 * 10 ** 6), ['no memory for this model', 'n_embd']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(seed=-1), ['seed must be at least 0']),
-    (dict(task='txt'), ["task must be one of 'mqar', 'needle', 'pairs', 'text', 'track', not"]),
+    (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
     (dict(dtype='float16'), ['dtype must be']),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
     (dict(beta1=1.0), ['beta1=1.0']),
