@@ -98,6 +98,7 @@ def measure_generation(s):
     """Generation, greedy, by a run's model and by a GPT of the same sizes, after so many tokens."""
     torch.manual_seed(s.seed)
     contexts, n, W = numbers('contexts', s.contexts, least=1), s.window_tokens, s.gpt_window
+    require(len(contexts) > 1, f'contexts={s.contexts!r}: name two or more, which are compared')
     checkpoint = load(find_file(s.out_dir))
     model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
     require({'n_layer', 'n_head', 'n_embd'} <= {*vars(model.config)}, f'{ours!r} has not the sizes '

@@ -44,7 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
-        self.vocab_size = _vocab_size(spec)
+        self.vocab_size = vocab_size_of(spec)
         require(self.vocab_size, 'damaged tokenizer description: prepare the data set again')
         require(self.vocab_size <= MAX_VOCAB, f'the text has {self.vocab_size:,} distinct '
                 f'characters, more than {MAX_VOCAB:,}: use --tokenizer=gpt2')
@@ -132,7 +132,8 @@ def load_meta(folder):
     again = f'prepare it again with: python prepare.py {name} [--file=PATH]'
     try:
         meta = json.loads(Path(path).read_bytes())
-        require(meta['vocab_size'] == _vocab_size(meta['tokenizer']) and len(meta['sha256']) == 64,
+        known = vocab_size_of(meta['tokenizer'])
+        require(meta['vocab_size'] == known and len(meta['sha256']) == 64,
                 f'{path} is damaged: {again}')
         for part in ('train', 'val'):
             path = os.path.join(folder, f'{part}.bin')
@@ -160,7 +161,7 @@ def pieces(text, size=1 << 18):
 def _char_spec(text):
     return {'kind': 'char', 'chars': ''.join(sorted(set(text)))}
 
-def _vocab_size(spec):
+def vocab_size_of(spec):
     """The number of tokens of a tokenizer's description; 0 if that is damaged."""
     if spec == {'kind': 'gpt2'}:
         return 50257
@@ -246,8 +247,8 @@ def _write(folder, files):
             for name in files:
                 os.replace(Path(temporary, name), Path(folder, name))
     except OSError as error:
-        raise SystemExit(f'error: cannot write {folder} ({_reason(error)}): free some space, or '
-                         'choose another folder with --data_dir=PATH') from None
+        raise SystemExit(f'error: cannot write {folder} ({error.strerror}): get the right to it, '
+                         f'or room, or choose another folder with --data_dir=PATH') from None
 
 if __name__ == '__main__':
     prepare(**configure(globals(), positional='dataset').as_dict())

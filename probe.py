@@ -35,7 +35,7 @@ record = False      # write into results/, which the docs are made from, not the
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap
 device = 'auto'     # 'auto' takes cuda, mps or cpu, the first that is there
-threads = 0         # CPU threads; 0 leaves it to torch
+threads = 0         # CPU threads; 0: as many as there are idle cores
 # text
 file = ''           # text to score, or to hide a key in; '' is what belongs to the run
 histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment, rounded up

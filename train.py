@@ -94,7 +94,7 @@ dtype = 'auto'              # 'float32' or 'bfloat16'; 'auto' is bfloat16 where 
 products = 'auto'           # of float32 on a CPU: 'torch', 'onednn' (faster on AMD), 'auto'
 compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'graph', these and, on
                             # CUDA, a micro-step as one graph; 'auto', kernels of a long run there
-threads = 0                 # CPU threads of each process; 0 leaves it to torch
+threads = 0                 # CPU threads of each process; 0: as many as there are idle cores
 
 # of a resumed run: what stays as it was beside the model, and what is of this call alone
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'segment_size', 'filler',
@@ -262,8 +262,8 @@ alike = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).
 require(all(other == alike for other in processes.from_all(alike)), 'the processes have different '
         'settings or checkpoints: give all the same command, and every machine the same file')
 from_writer(lambda: open_folder(s))
-if device == 'cpu':
-    s = s.replace(products=machine.choose_products(s.products))
+if device == 'cpu':  # what was chosen is kept: a resumed run computes as before
+    s = s.replace(products=machine.choose_products(s.products), threads=torch.get_num_threads())
 job = find_task(s.task).Task(s)
 if job.data:
     s = s.replace(dataset=job.data['dataset'])
@@ -278,7 +278,8 @@ if s.init_from == 'resume':
 
 torch.manual_seed(s.seed)
 if s.init_from == 'scratch':
-    model = make_model(s.model_type, {**s.as_dict(), **job.sizes})
+    copies = 4 if device == 'cpu' else 1  # weights, gradients, two averages of AdamW
+    model = make_model(s.model_type, {**s.as_dict(), **job.sizes}, copies)
 elif s.init_from == 'resume':
     model = ckpt.load_model(checkpoint)
 else:
@@ -300,7 +301,7 @@ check_reading(model)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
 s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
-say('\n'.join([*notes, show(s)]))
+say('\n'.join([show(s), *notes]))
 optimizer = adamw(model, s.weight_decay, s.learning_rate, (s.beta1, s.beta2), device)
 if compile == 'graph' and getattr(job, 'step', None) is None:
     say("compile='graph' takes a text in pieces of one size, without recompute or document: the "
@@ -322,6 +323,8 @@ if s.init_from == 'resume':
         for group, before in zip(groups, checkpoint['optimizer']['param_groups']):
             group['lr'] = before['lr']
         optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': groups})
+        if checkpoint['iter_num'] and not optimizer.state:
+            raise ValueError('no optimizer state')
         for p, state in optimizer.state.items():
             if any(value.shape not in (p.shape, ()) for value in state.values()) or any(
                     state[key].min() < 0 for key in ('step', 'exp_avg_sq')):
@@ -338,9 +341,9 @@ if s.init_from == 'resume':
         raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
                          f'--init_from={last_path} starts from its weights') from None
 made_by = {**provenance(device), 'processes': WORLD, 'compiled': compile}
-from_writer(lambda: ckpt.open_run(out_dir, keep_of_log if s.init_from == 'resume' else None))
-write_log(event='start', iter=run.done, config=s.as_dict(), parameters=count_parameters(model),
-          **job.data, **made_by)
+start = {'event': 'start', 'iter': run.done, 'config': s.as_dict(),
+         'parameters': count_parameters(model), **job.data, **made_by}
+from_writer(lambda: ckpt.open_run(out_dir, s.init_from == 'resume' and keep_of_log, start))
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
     f"{count(torch.get_num_threads(), 'thread')}, compiled: {compile}, "

@@ -24,6 +24,7 @@ from lib.files import PICTURE, RECORD, check_kind, is_file, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
+from prepare import vocab_size_of
 
 FILES = 'ckpt.pt', 'last.pt'
 KINDS = {'model': dict, 'model_args': dict, 'model_type': str, 'task': str, 'config': dict,
@@ -33,7 +34,9 @@ TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data'
 RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': bool, 'val': dict,
        'interval_loss': torch.Tensor, 'interval_steps': int, 'interval_tokens': int,
        'interval_seconds': float}  # where training stands
-STATE = b'X\4\0\0\0read'  # a name that pickle writes near the start of a streaming state
+# names that pickle writes near the start of a streaming state and of a checkpoint of train.py
+START = b'{"event": "start"'  # of a log
+STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
 def save(path, content, kept='the checkpoint before it is kept'):
@@ -80,6 +83,9 @@ def load(path, device='cpu'):
              if not isinstance(checkpoint.get(key, kind()), kind)]
     require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '
             f'a checkpoint: its {[*wrong, "model_args"][0]!r} is missing or damaged')
+    spec, known = checkpoint.get('tokenizer'), checkpoint['model_args']['vocab_size']
+    require(not spec or 0 < vocab_size_of(spec) <= known, f'{path} is damaged: its tokenizer has '
+            f'{vocab_size_of(spec):,} tokens, its model {known:,}')
     return checkpoint
 
 def load_to_resume(folder):
@@ -135,7 +141,7 @@ def load_weights(model, state_dict):
         weights[name] = weights[name][:len(own[name])]
     for name in sorted(own.keys() ^ weights.keys()):
         side = 'has no' if name in own else 'has a'
-        remedy = 'take as many layers and the same model_type'
+        remedy = 'take as many layers, the same model_type, and the model.py of its training'
         if name.startswith('carry_gate'):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
         elif name == wpe:
@@ -225,13 +231,14 @@ def look(x):
     """What a tensor of a state has in common with that of any other state of its model."""
     return x.shape, x.dtype, bool(x.isfinite().all())
 
-def open_run(folder, keep):
+def open_run(folder, keep, start):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
-    says so; without keep a run starts anew, and the files of another go."""
+    says so, and the record `start` follows; without keep a run starts anew, and the files of
+    another go."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    own = {**dict.fromkeys(FILES, b''), 'record.json': RECORD, 'loss.png': PICTURE,
+    own = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
            'probe.json': RECORD, 'probe.png': PICTURE}
-    for name, mark in {'log.jsonl': b'', **own}.items():
+    for name, mark in {'log.jsonl': b'' if keep else START, **own}.items():
         check_kind(os.path.join(folder, name), mark)
     gone = () if keep else own
     for name in os.listdir(folder):
@@ -240,7 +247,7 @@ def open_run(folder, keep):
     if keep and os.path.exists(path):
         with open(path, 'rb') as f:
             lines = [line for line in f if is_kept(line, keep)]
-    write_file(path, lambda f: f.writelines(lines))
+    write_file(path, lambda f: f.writelines([*lines, f'{json.dumps(start)}\n'.encode()]))
 
 def is_temporary(name):
     """Whether a file has a name that write_file gives while it writes."""

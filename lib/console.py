@@ -37,9 +37,9 @@ def explain(error):
     """A line about an error of a file, of the memory or of weights; None about any other."""
     text = ' '.join(str(error).split())[:100]
     if isinstance(error, OSError):
-        where = error.filename or 'a file'
-        remedy = 'get the right to' if isinstance(error, PermissionError) else 'make room'
-        return f'error: cannot use {where} ({error.strerror or text}): {remedy}, or go elsewhere'
+        where = f'cannot use {error.filename}: ' if error.filename else ''
+        remedy = 'get the right to it' if isinstance(error, PermissionError) else 'make room'
+        return f'error: {where}{error.strerror or text}: {remedy}, or go elsewhere'
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and 'memory' in text:
         return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
     return f'error: {text}: take other weights' if isinstance(error, FloatingPointError) else None

@@ -11,8 +11,11 @@ not said). `model.config` is a dataclass with block_size and vocab_size. For spe
 `extend = None` in place of an inherited one, the open recurrence step is computed anew for every
 token.
 """
+import math
+import re
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -60,9 +63,22 @@ def carries(model):
     """Whether a model has a carry, so that its context goes beyond what it reads at once."""
     return blank_carry(model) is not None
 
-def make_model(model_type, sizes):
-    """A fresh model of MODELS, from a dictionary with the keys of its config. Raises SystemExit for
-    an unknown type or for sizes that no model can have."""
+def free_memory():
+    """Bytes that a process may still take, where the system says so; else infinity."""
+    found = []
+    with suppress(OSError, ValueError):
+        text = Path('/proc/meminfo').read_text()
+        found.append(1024 * int(re.search(r'MemAvailable: *(\d+)', text)[1]))
+    with suppress(OSError, ValueError):  # a container's; no number without a limit
+        limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text())
+                       for name in ('max', 'current'))
+        found.append(limit - used)
+    return min(found, default=math.inf)
+
+def make_model(model_type, sizes, copies=1):
+    """A fresh model of MODELS, from a dictionary with the keys of its config. copies: how many
+    times its size it is to take in memory, with gradients and the like. Raises SystemExit for an
+    unknown type, for sizes that no model can have, or for too little memory."""
     config_class, model_class = find_model(model_type)
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
     for field in fields(config_class):
@@ -74,12 +90,14 @@ def make_model(model_type, sizes):
     dropout = given.get('dropout', 0)
     require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:
-        return model_class(config_class(**given))
+        config, need = config_class(**given), 0
+        with suppress(RuntimeError), torch.device('meta'):  # takes no memory, but not every model
+            need = copies * sum(p.nbytes for p in model_class(config).parameters())
+        require(need < free_memory(), f'this model takes {need / 1e9:,.1f} GB, and '
+                f'{free_memory() / 1e9:,.1f} are free: make n_embd or the number of layers smaller')
+        return model_class(config)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None
-    except RuntimeError as error:  # the allocator's
-        raise SystemExit(f'error: no memory for this model ({str(error)[:60]}): make n_embd or the '
-                         f'number of layers smaller') from None
 
 def find_model(model_type):
     """The config's and the model's class. Raises SystemExit for an unknown type."""

@@ -1,11 +1,13 @@
 """The machine: which device computes, what multiplies on a CPU, what is compiled, and threads."""
 import os
 import platform
+import statistics
 import sys
+import time
 
 import torch
 
-from lib.console import count, require, say
+from lib.console import count, require, say, write
 from lib.contract import unit
 from model import Block, band, rotary
 
@@ -45,13 +47,29 @@ def usable_cores(quota='/sys/fs/cgroup/cpu.max'):
         cores = cores if limit == 'max' else min(cores, max(1, round(int(limit) / int(period))))
     return cores
 
+def idle_cores(load='/proc/loadavg'):
+    """CPU cores of the machine on which nothing runs just now; all where it is not said."""
+    running = []
+    for _ in range(9 * os.path.exists(load)):
+        with open(load) as f:
+            running.append(int(f.read().split()[3].split('/')[0]) - 1)  # but for this process
+        time.sleep(0.01)
+    return (os.cpu_count() or 1) - statistics.median(running or [0])
+
 def set_threads(threads):
-    """Take so many CPU threads; 0 takes what torch would, but no more than there are cores to use.
+    """Take so many CPU threads; 0 takes what torch would, but no more than there are idle cores:
+    beside other work, threads that wait for each other take ten times as long as one alone.
     Raises SystemExit beyond what the machine can use."""
     cores = usable_cores()
     require(threads <= max(64, cores), f'threads={threads} is more than this machine can use, '
             f'which has {count(cores, "core")}: --threads=0 takes as many as are of use')
-    torch.set_num_threads(threads or min(cores, torch.get_num_threads()))
+    usual = min(cores, torch.get_num_threads())
+    if not threads and usual > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        threads = min(usual, max(1, idle_cores()))
+        if threads < usual:
+            write(sys.stderr, f'{count(threads, "thread")}, as other work is running: '
+                              f'--threads={usual} takes more\n')
+    torch.set_num_threads(threads or usual)
 
 def set_up(device, threads, products='auto'):
     """Take a device and so many CPU threads, and on a CPU what computes fastest there. Returns the

@@ -5,6 +5,7 @@ import os
 import stat
 import time
 from contextlib import suppress
+from textwrap import shorten
 
 from lib.console import Progress, require
 
@@ -107,7 +108,7 @@ def fetch(url, path, least, sha256=''):
                 os.replace(part.name, path)
                 return
             except Exception as error:  # from a missing package to a proxy's broken answer
-                reason = f'{error!r:.80}'
+                reason = shorten(f'{type(error).__name__}: {error}', 80, placeholder=' ...')
     if reason:
         raise SystemExit(f'error: cannot fetch {url} ({reason}): try again online, or put that '
                          f'file, fetched elsewhere, into {folder}')

@@ -41,7 +41,7 @@ def probe_text(model, saved, p, device):
     kept = {'x': None, 'value': None}
     for point in curves['worth of longer history']['points']:
         kept = point if point['value'] >= USEFUL else kept
-    say(f"\npreserved context: {kept['x']}")
+    say(f"\npreserved context: {kept['x'] or 'none'}")
     return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
             'metrics': {'loss': metric(mean, error, len(losses)),
                         'preserved context': metric(kept['x'], n=len(starts) * size),

@@ -28,8 +28,10 @@ def portable(value):
     return key + equals + (os.path.relpath(path, ROOT) if inside else os.path.basename(path))
 
 def git(words):
-    """What git says of the repository whose top level is ROOT; '' where there is none."""
+    """What git says of the repository whose top level is ROOT; '' where there is none, or none
+    that these files are of."""
     above = os.path.dirname(os.path.realpath(ROOT))  # where no repository is looked for
+    words = f'ls-files --error-unmatch model.py > {os.devnull} && git {words}'
     return subprocess.run(f'git {words}', shell=True, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
 

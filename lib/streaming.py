@@ -6,8 +6,9 @@ from itertools import pairwise
 import torch
 
 from lib.console import require
-from lib.contract import blank_carry, border, unit
+from lib.contract import blank_carry, border, carries, unit
 from lib.rows import Rows, rowwise
+from model import FUSED_FROM
 
 TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
 TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
@@ -48,7 +49,7 @@ def reads_alike(model, cached):
     """Whether reading piece by piece, through caches or not, gives the logits of one call on the
     whole: tried on a few segments, as a reader may change one of the ways alone."""
     u, was_training = unit(model), model.training
-    longest = 5 * u + 2 if blank_carry(model) is not None else min(8, model.config.block_size)
+    longest = 5 * u + 2 if carries(model) else min(FUSED_FROM + 5, model.config.block_size)
     device = next(model.parameters()).device
     idx = (7 * torch.arange(longest, device=device) % model.config.vocab_size)[None]
     idx[idx == border(model)] = (border(model) + 1) % model.config.vocab_size

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from configurator import at_least, one_of
-from lib.console import Progress, require, say
+from lib.console import Progress, count, require, say
 from lib.gradients import to_device
 from lib.memory import PER_READ, RandomSequences, WalkingTask, interval, measure_distances
 from lib.processes import RANK
@@ -244,7 +244,7 @@ def find_in_file(model, saved, p, device):
     right = int((answers == keys).all(dim=1).sum())
     digits = [' '.join(str(token - sequences.filler) for token in row.tolist())
               for row in (keys[0], answers[0])]
-    say(f'hidden after {lead} characters: {digits[0]}\n'
+    say(f'hidden after {count(lead, "character")}: {digits[0]}\n'
         f'read: {characters:,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
         f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'
         f'answer: {digits[1]}, {right} of {p.keys} right')

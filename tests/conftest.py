@@ -18,7 +18,7 @@ PANGRAM = 'The quick brown fox jumps over that lazy dog; ABCDW?. '
 
 SMALL = dict(device='cpu', n_embd=16, n_head=2, n_layer=2, n_local=1, n_global=1, segment_size=4,
              block_size=16, batch_size=4, max_iters=20, eval_interval=10, log_interval=1,
-             warmup_iters=2, dropout=0.1)
+             warmup_iters=2, dropout=0.1, threads=1)
 OF_TASK = {  # so easy that some answers are right from the start, and sequences walk on
     'text': dict(dataset='tiny'),
     'needle': dict(dataset='tiny', batch_size=64, key_length=1, symbols=1, longest=3,

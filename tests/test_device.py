@@ -77,3 +77,22 @@ def test_without_matplotlib_a_run_ends_well_and_says_so(monkeypatch, capsys, tmp
     curves(tmp_path / 'loss.png', 'title', {'a': {'x': 'x', 'y': 'y', 'points': []}})
     assert 'loss.png is not drawn: matplotlib is missing' in capsys.readouterr().out
     assert not (tmp_path / 'loss.png').exists()
+
+def test_as_many_threads_as_there_are_idle_cores(monkeypatch, tmp_path, capsys):
+    """Unless a number is given, or the environment has one."""
+    load, idle = tmp_path / 'loadavg', device.idle_cores
+    load.write_text('0.50 0.40 0.30 3/99 1234\n')
+    monkeypatch.setattr(device.os, 'cpu_count', lambda: 4)
+    assert idle(load) == 2 and idle(tmp_path / 'none') == 4
+    monkeypatch.setattr(device, 'usable_cores', lambda: 4)
+    monkeypatch.setattr(device, 'idle_cores', lambda: idle(load))
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    for threads, variable, running, wanted in ((0, 0, 3, 2), (0, 0, 1, 4), (0, 0, 9, 1),
+                                               (3, 0, 9, 3), (0, 1, 9, 4)):
+        torch.set_num_threads(4)
+        load.write_text(f'0.50 0.40 0.30 {running}/99 1234\n')
+        if variable:
+            monkeypatch.setenv('OMP_NUM_THREADS', '4')
+        device.set_threads(threads)
+        assert torch.get_num_threads() == wanted
+        assert ('other work' in capsys.readouterr().err) == (wanted < 3)

@@ -78,9 +78,15 @@ def test_a_record_is_what_was_saved_and_nothing_else_is_one(tmp_path):
         load_record(tmp_path / 'b.json')
 
 def test_the_commit_is_that_of_the_repository_itself(monkeypatch, tmp_path):
-    for name in ('.', 'copy'):
-        (tmp_path / name).mkdir(exist_ok=True)
-        monkeypatch.setattr(records, 'ROOT', str(tmp_path / name))
-        subprocess.run('git init -q . && git -c user.name=a -c user.email=a@b commit -q '
-                       '--allow-empty -m a', shell=True, check=True, cwd=tmp_path)
-        assert (records.provenance()['commit'] == 'unknown') == (name == 'copy')
+    """Not of one above, nor of one into which the files were unpacked without being added."""
+    commit = 'git init -q . && git add -A && git -c user.name=a -c user.email=a@b commit -qm a'
+    for name, added in ('.', True), ('copy', True), ('other', False):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / 'notes').touch()
+        (folder / 'model.py').touch() if added else None
+        if name != 'copy':
+            subprocess.run(commit, shell=True, check=True, cwd=folder)
+        (folder / 'model.py').touch()
+        monkeypatch.setattr(records, 'ROOT', str(folder))
+        assert (records.provenance()['commit'] == 'unknown') == (name != '.')

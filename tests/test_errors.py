@@ -33,7 +33,7 @@ def contents(folder):
     (dict(batch_size=0), ['batch_size must be at least 1']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
-    (dict(n_embd=4 * 10 ** 6), ['no memory for this model', 'n_embd']),
+    (dict(n_embd=4 * 10 ** 6), ['this model takes 6,144,', 'are free: make n_embd or']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(seed=-1), ['seed must be at least 0']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
@@ -176,6 +176,8 @@ def test_checkpoints_that_do_not_fit(train, tmp_path):
     check(train(init_from=plain, n_global=2), 'transformer.h.2', 'take as many layers')
     check(train(init_from=gated), 'has a carry_gate', 'take --carry=gated')
     check(train('gpt', init_from=plain), 'wpe.weight is (4, 16)', '(16, 16) here')
+    change(gated, tokenizer={'kind': 'gpt2'})
+    check(train(init_from=gated, carry='gated'), 'its tokenizer has 50,257 tokens, its model 23')
     change(plain, tokenizer=other_chars('.', '/'))
     check(train(init_from=plain), 'vocabulary is not that of')
 
@@ -219,7 +221,7 @@ NAN = float('nan')
     ('iter_num', None, 7), ('rng', None, []), ('rng', None, [1]),
     *[('optimizer', 'state', {0: {'step': torch.tensor(step), 'exp_avg_sq': torch.tensor(value)}})
       for step, value in ((-1.0, 1.0), (1.0, NAN), (1.0, -1.0))],
-    ('optimizer', 'state', {99: {}}), ('optimizer', 'state', [1]),
+    ('optimizer', 'state', {99: {}}), ('optimizer', 'state', [1]), ('optimizer', 'state', {}),
     ('task_state', 'at', torch.tensor([-9, 0, 0, 0])),
     ('task_state', 'at', torch.zeros(4).cfloat()),
     ('task_state', 'carries', [torch.full((4, 4, 16), NAN)]), ('task_state', 'carries', [3]),
@@ -280,6 +282,17 @@ def test_what_another_program_made_is_not_replaced(
             assert f'{name} is of another kind, or another program, and is not' in error, whole
         assert contents(tmp_path) == before
 
+@pytest.mark.parametrize('name', ['ckpt.pt', 'last.pt', 'log.jsonl'])
+def test_a_new_run_deletes_no_file_of_another_program(train, tmp_path, name):
+    """Where overwrite is asked for, or where a process was killed that had only locked a folder."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / '.lock').touch()
+    torch.save({'weights': 1}, tmp_path / 'out' / name)
+    before = contents(tmp_path)
+    for overwrite in (True, False)[:2 if name == 'log.jsonl' else 1]:
+        check(train(overwrite=overwrite), f'{name} is of another kind, or another program')
+        assert contents(tmp_path) == before
+
 def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     train(max_iters=10)
     change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, 'best': 0.0})
@@ -296,8 +309,8 @@ def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch, args):
             raise PermissionError(13, 'Permission denied', path)
         return real(path, **kwargs)
     monkeypatch.setattr(os, 'stat', stat)
-    check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', '(Permission denied): '
-          'get the right to, or go elsewhere')
+    check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', 'Permission denied: '
+          'get the right to it, or go elsewhere')
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')
