@@ -58,7 +58,8 @@ def part(run):
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
                         'state_bytes': metric(state.nbytes)},
             'settings': {'name': run.name, 'budget': run.budget, **run.settings},
-            'curves': {**trained['curves'], **probed['curves']}}
+            'curves': {name: curve for name, curve in (trained['curves'] | probed['curves']).items()
+                       if name != 'training loss'}}  # which is long, and in the run's own record
 
 def differences(parts):
     """Metrics: the loss of the first run minus that of each other at each budget, with its standard

@@ -129,7 +129,7 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(again):
                     for part in parts)
     iters = parts[1]['settings']['max_iters']  # to half an update, with a schedule of its own
     assert abs(other - spent) <= 0.5 * other / iters and iters != parts[0]['settings']['max_iters']
-    assert parts[1]['curves'].keys() == {'validation loss', 'training loss'}
+    assert parts[1]['curves'].keys() == {'validation loss'}
     assert report.by_budget(parts)['flops'].keys() == {'fold', 'GPT, window 12'}
     _, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, "}, '--only=three heads')
     assert error == f'error: no run is complete in {runs}; a report there is kept'
