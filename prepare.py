@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import re
 import runpy
 import sys
@@ -20,7 +21,8 @@ from configurator import configure
 from lib.console import Progress, require, say
 from lib.files import check_kind
 
-dataset = ''        # name: shakespeare, python, or one of your choice together with --file
+dataset = ''        # name: shakespeare, python, python_mixed (its files in random order, so that
+                    # the validation text is of the same kind), or one of your choice with --file
 file = ''           # text to read, UTF-8, packed by gzip or not; shakespeare: a local copy
 tokenizer = 'char'  # char (one token per character) or gpt2 (byte pairs)
 newlines = 'keep'   # keep (line ends as they are) or unix (\r\n becomes \n)
@@ -31,6 +33,7 @@ MAX_VOCAB = 65536  # what uint16 can number
 SHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
                    'data/tinyshakespeare/input.txt')
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+PYTHON = 'python', 'python_mixed'
 UNPRINTABLE = bytes(set(range(256)) - {*range(0x20, 0x7f), *b'\t\n'})
 
 class DownloadError(SystemExit):
@@ -103,7 +106,7 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
             say(f'downloading {SHAKESPEARE_URL}')
             _write(data_dir, {'shakespeare.txt': _download()})
     name = os.path.basename(file) or f'Python {sys.version.split()[0]}'
-    text = read_text(file)
+    text = read_text(file, mixed=dataset == 'python_mixed')
     require(text, f'{name} is empty: use a longer text')
     require(dataset != 'shakespeare' or _sha256(text.encode()) == SHAKESPEARE_SHA256,
             f'{file} is not tiny Shakespeare, by its SHA-256: delete it, or choose another name')
@@ -191,34 +194,36 @@ def _check_request(dataset, file, tokenizer, newlines):
     """Refuse settings that cannot be meant."""
     require(re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._-]*', dataset),
             f"{dataset!r} cannot name a data set: write python prepare.py NAME [--file=PATH], NAME "
-            "being shakespeare, python, or of letters, digits, '.', '_' and '-'")
+            f"being shakespeare, {', '.join(PYTHON)}, or of letters, digits, '.', '_' and '-'")
     require(tokenizer in ('char', 'gpt2'), f'tokenizer must be char or gpt2, not {tokenizer!r}')
     require(newlines in ('keep', 'unix'), f'newlines must be keep or unix, not {newlines!r}')
-    require(dataset in ('shakespeare', 'python') or file, f'{dataset!r} needs a text: python '
+    require(dataset in ('shakespeare', *PYTHON) or file, f'{dataset!r} needs a text: python '
             f'prepare.py {dataset} --file=PATH')
-    require(dataset != 'python' or not file, "'python' takes no --file: choose another name")
+    require(dataset not in PYTHON or not file, f'{dataset!r} takes no --file: choose another name')
 
-def read_text(file):
+def read_text(file, mixed=False):
     """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
     piped = file.startswith(('/dev/stdin', '/dev/fd/'))  # also what a shell makes of <(command)
     require(piped or os.path.isfile(file) or not os.path.exists(file), f'{file} is a directory, a '
             f'pipe or a device: write the text into a file, or pipe it into --file=/dev/stdin')
     try:
-        raw = Path(file).read_bytes() if file else _python_text()
+        raw = Path(file).read_bytes() if file else _python_text(mixed)
         raw = gzip.decompress(raw) if raw.startswith(b'\x1f\x8b') else raw
         return raw.decode('utf-8').removeprefix('\ufeff')
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise SystemExit(f"error: cannot read {file or 'the library of Python'} "
                          f'({_reason(error)}): give a text in UTF-8 with --file=PATH') from None
 
-def _python_text():
-    """Python's own documentation and library: some 5 MB of text that is there without a network."""
+def _python_text(mixed=False):
+    """Python's own documentation and library: some 5 MB of text that is there without a network.
+    mixed: in random order, the same always."""
     library = Path(sysconfig.get_path('stdlib'))
     topics = runpy.run_path(str(library / 'pydoc_data' / 'topics.py'))['topics']
     texts = [topics[key].encode('utf-8') for key in sorted(topics)]
     # sys.stdlib_module_names leaves out tests, build settings and what a distributor has added
     texts += [path.read_bytes() for path in sorted(library.glob('*.py'))
               if path.stem in sys.stdlib_module_names]
+    random.Random(1337).shuffle(texts) if mixed else None
     return b'\n'.join(texts).translate(None, UNPRINTABLE)
 
 def _download():

@@ -145,7 +145,7 @@ def test_failure_leaves_the_older_data_set_and_nothing_else(monkeypatch, error, 
     def fail(first, *args, **kwargs):  # where the first argument ends as told
         return fail_with(error)() if str(first).endswith(last) else real(first, *args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
-        patch.setattr(prepare, 'read_text', lambda path: 'another text ' * 9)
+        patch.setattr(prepare, 'read_text', lambda *args, **kwargs: 'another text ' * 9)
         patch.setattr(owner, name, fail)
         make()
     assert type(error) is KeyboardInterrupt or 'No space left' in caught.value.code
@@ -227,6 +227,9 @@ def test_python_text(here, monkeypatch):
     for name in ('os.py', 'abc.py', '_sysconfigdata_x.py', 'os.txt'):
         (here / name).write_bytes(f'<{name}>\r\x0c\xe9'.encode())
     assert prepare._python_text() == b'1\n2\n<abc.py>\n<os.py>'
+    mixed = [prepare._python_text(mixed=True) for _ in range(2)]
+    assert mixed[0] == mixed[1] != prepare._python_text()
+    assert sorted(mixed[0].split()) == [b'1', b'2', b'<abc.py>', b'<os.py>']
 
 @pytest.fixture
 def web(monkeypatch):
