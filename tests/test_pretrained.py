@@ -128,11 +128,12 @@ def test_a_folder_starts_a_fold(train, run, tmp_path):
     (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config))
     check(run('sample.py', f"--out_dir={tmp_path / 'hf'}"), 'holds no vocabulary')
     check(train(init_from='scratch', gelu='x'), "gelu must be one of ('none', 'tanh')")
-    done = train(init_from=tmp_path / 'hf', n_local=2, n_global=2, max_iters=0)
+    done = train(init_from=tmp_path / 'hf', n_local=2, n_global=2, past_gate=True, max_iters=0)
     assert done.code == 0, done.err
     saved = torch.load(tmp_path / 'out' / 'last.pt')
     assert saved['model_type'] == 'fold' and saved['config']['gelu'] == 'tanh'
-    equal(saved['model'], {**weights, WPE: weights[WPE][:4]})
+    gates = {f'transformer.h.{i}.attn.past_gate': torch.zeros(8) for i in (2, 3)}
+    equal(saved['model'], {**weights, WPE: weights[WPE][:4], **gates})
 
 def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F811
     """sample.py needs no run for them; without a network, one line says what to do by hand."""
