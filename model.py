@@ -176,19 +176,20 @@ class CausalSelfAttention(nn.Module):
         return (torch.dropout(weights, p, self.training) @ v).view(A, B, n, D)
 
 class GatedAttention(CausalSelfAttention):
-    """Attention in a window of two segments, g of it, and 1 - g in the current one alone; g, a
-    number a channel, is 0 to begin with. The past half is not gated."""
+    """g of the attention in a window of two segments, and 1 - g of that in the current one alone,
+    where g, a number a channel, is 0 to begin with. The past half is not gated."""
 
     def __init__(self, config):
         super().__init__(config)
         self.l, self.past_gate = config.segment_size, nn.Parameter(torch.zeros(config.n_embd))
 
     def attend(self, q, k, v):
-        both, g, l = super().attend(q, k, v), self.past_gate.view(self.n_head, 1, -1), self.l
+        both, l = super().attend(q, k, v), self.l
         n = min(q.size(2), k.size(2) - l)  # queries of the current half
         if n <= 0:  # nothing is past
             return both
         alone = super().attend(q[:, :, -n:], k[:, :, l:], v[:, :, l:])
+        g = 16 * self.past_gate.view(self.n_head, 1, -1)  # which opens in few updates of low rates
         return torch.cat((both[:, :, :-n], alone + g * (both[:, :, -n:] - alone)), dim=2)
 
 def once(make):

@@ -79,12 +79,12 @@ class Literal:
         def all_of(layer, states, seen_by, start=0):
             """Token states, each one layer on, having seen those that it may, itself last; those
             before `start` through a gate, if there is one."""
-            new, g = {}, self.w.get(f'transformer.h.{layer}.attn.past_gate', np.ones(C))
+            new, g = {}, self.w.get(f'transformer.h.{layer}.attn.past_gate', np.ones(C) / 16)
             for t, state in states.items():
                 seen = [(p, *self.heads(layer, other)[1:]) for p, other in seen_by(t)]
                 y, alone = (np.array(self.attention(self.heads(layer, state)[0], t, some))
                             for some in (seen, [one for one in seen if one[0] >= start]))
-                new[t] = self.finish(layer, state, alone + g.reshape(HEADS, D) * (y - alone))
+                new[t] = self.finish(layer, state, alone + 16 * g.reshape(HEADS, D) * (y - alone))
             return new
 
         def up_to(t, states, first=0):
