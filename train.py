@@ -61,6 +61,7 @@ n_global = 2                # global layers of a fold
 local = 'segment'           # local layers see their 'segment', or, 'sliding', the last l tokens
 past = 'evolving'           # past half: 'evolving', 'frozen'; without recurrence: 'local', 'none'
 carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the one before
+past_gate = False           # of a fold: the past half is shut out until training opens its gates
 n_layer = 4                 # layers of a GPT
 window = 0                  # tokens that a layer of a GPT sees, sliding; 0 is the whole block
 position = 'learned'        # 'learned', an embedding of each place, 'rotary' or 'none'
@@ -286,8 +287,8 @@ else:
     others = [key for key in ('filler', 'symbols', 'names', 'cups') if key in s.as_dict()
               and checkpoint.get('config', {}).get(key, getattr(s, key)) != getattr(s, key)]
     require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
-    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry', 'window',
-           'dropout')
+    own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry',
+           'past_gate', 'window', 'dropout')
     sizes = {**{key: getattr(s, key) for key in own}, 'border': job.sizes.get('border', -1)}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()

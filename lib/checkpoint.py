@@ -129,11 +129,15 @@ def can_be(value):
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
-    padded vocabulary to the model's own. Takes what nanoGPT saves, too: prefixes of compiled and
-    parallel models, causal masks, no tied output matrix. Raises SystemExit if they do not fit."""
+    padded vocabulary to the model's own; gates to the past half may be new. Takes what nanoGPT
+    saves, too: prefixes of compiled and parallel models, causal masks, no tied output matrix.
+    Raises SystemExit if they do not fit."""
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
                for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     own = model.state_dict()
+    for name in own:
+        if name.endswith('past_gate'):  # closed, where layers had none
+            weights.setdefault(name, own[name])
     wpe, wte, head = 'transformer.wpe.weight', 'transformer.wte.weight', 'lm_head.weight'
     if head in own and wte in weights:
         weights.setdefault(head, weights[wte])
@@ -144,6 +148,8 @@ def load_weights(model, state_dict):
         remedy = 'take as many layers, the same model_type, and the model.py of its training'
         if name.startswith('carry_gate'):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
+        elif name.endswith('past_gate'):
+            remedy = 'take model_type=fold, --past_gate=True and no larger n_local'
         elif name == wpe:
             remedy = f"take --position={'rotary' if name in own else 'learned'}"
         raise SystemExit(f'error: the checkpoint {side} {name}: {remedy}')

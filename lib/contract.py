@@ -112,13 +112,10 @@ def count_parameters(model):
 def flops_per_token(model, T):
     """FLOPs of training on a sequence of T tokens, per token: the matrix products of forward and
     backward, as torch counts them; norms, softmax and embeddings are not counted."""
-    idx = torch.zeros(1, T, dtype=torch.int64, device=next(model.parameters()).device)
-    library = torch.backends.mkldnn  # its LSTM, and a fused kernel, would count nothing on a CPU
-    was, library.enabled = library.enabled, False
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(idx, idx)[1].backward()
-    library.enabled = was
-    model.zero_grad(set_to_none=True)
+    math = sdpa_kernel(SDPBackend.MATH)  # as a fused kernel would count nothing
+    with torch.device('meta'), math, FlopCounterMode(display=False) as counter:
+        twin, idx = type(model)(model.config), torch.zeros(1, T, dtype=torch.int64)  # shapes alone
+        twin(idx, idx)[1].backward()
     return counter.get_total_flops() / T
 
 def adamw(model, weight_decay, learning_rate, betas, device):

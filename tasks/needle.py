@@ -40,7 +40,7 @@ probe_distance = 192    # tokens of filler at which recall is evaluated in train
 DIGITS = 10  # different digits of a key
 
 class Sequences(RandomSequences):
-    """Keys among filler. Tokens: the filler's from 0 on, then ten digits, MARK and ASK.
+    """Keys among filler. Tokens: from `filler` on, ten digits, MARK and ASK; the filler has others.
 
     text (N,) int64: filler is contiguous pieces of it; None: `filler` different random symbols.
     """
@@ -50,7 +50,7 @@ class Sequences(RandomSequences):
         self.meta = meta  # of the text's data set
         self.key_length, self.filler, self.text = key_length, filler, text
         self.mark, self.ask = filler + DIGITS, filler + DIGITS + 1
-        self.vocab_size = self.ask + 1
+        self.vocab_size = max(self.ask + 1, meta['vocab_size'] if meta else 0)
 
     def filling(self, B, T, at=None):
         """Filler (B, T); of a text from places at (B,) on, round and round; None: random ones."""
@@ -95,7 +95,12 @@ def make_sequences(s, split, seed):
     if s.filler == 'symbols':
         return Sequences(seed, s.key_length, s.symbols)
     text, meta = read_split(s, split)
-    return Sequences(seed, s.key_length, meta['vocab_size'], text, meta)
+    return Sequences(seed, s.key_length, first_digit(meta['tokenizer']), text, meta)
+
+def first_digit(spec):
+    """The token of the digit 0 among a text: the first beyond characters; of GPT-2's byte pairs, so
+    that its weights fit, the byte 14, as no text has those from there on to 25."""
+    return 202 if spec['kind'] == 'gpt2' else Tokenizer(spec).vocab_size
 
 def read_split(s, split):
     """The ids of a split of the data set (N,), and its meta."""
@@ -225,7 +230,7 @@ def find_in_file(model, saved, p, device):
     at_least(p, keys=1)
     ids, characters, replaced = read_known(p.file, saved['tokenizer'])
     k, l = (saved['config'][key] for key in ('key_length', 'segment_size'))
-    sequences = Sequences(p.seed, k, Tokenizer(saved['tokenizer']).vocab_size)
+    sequences = Sequences(p.seed, k, first_digit(saved['tokenizer']))
     keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(l, len(ids))))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)

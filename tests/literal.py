@@ -73,16 +73,18 @@ class Literal:
         return x
 
     def foldgpt(self, x):
-        """Eq. 13, 16 and 17, and the other values of the keys, of {place: state}."""
+        """Eq. 13, 16 and 17 (`new`), and the other values of the keys, of {place: state}."""
         c, x, carry, outputs = self.c, dict(enumerate(x)), {}, []
 
-        def all_of(layer, states, seen_by):
-            """Token states, each one layer on, having seen those that it may, itself last."""
-            new = {}
+        def all_of(layer, states, seen_by, start=0):
+            """Token states, each one layer on, having seen those that it may, itself last; those
+            before `start` through a gate, if there is one."""
+            new, g = {}, self.w.get(f'transformer.h.{layer}.attn.past_gate', np.ones(C) / 16)
             for t, state in states.items():
                 seen = [(p, *self.heads(layer, other)[1:]) for p, other in seen_by(t)]
-                y = self.attention(self.heads(layer, state)[0], t, seen)
-                new[t] = self.finish(layer, state, y)
+                y, alone = (np.array(self.attention(self.heads(layer, state)[0], t, some))
+                            for some in (seen, [one for one in seen if one[0] >= start]))
+                new[t] = self.finish(layer, state, alone + 16 * g.reshape(HEADS, D) * (y - alone))
             return new
 
         def up_to(t, states, first=0):
@@ -94,7 +96,7 @@ class Literal:
             current = {t: x[t] for t in range(s * l, s * l + l)}
             past = carry if c.past != 'none' else {}
             for i in range(c.n_local, c.n_local + c.n_global):
-                new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)])  # eq. 17
+                new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)], s * l)
                 if c.past == 'evolving':
                     past = all_of(i, past, lambda t: up_to(t, past))  # eq. 13
                 current = new

@@ -90,5 +90,6 @@ KEYS = [dict(position=position, local=local, past=past, carry=carry)
         for position in ('learned', 'rotary') for local in ('segment', 'sliding')
         for past, carry in (('evolving', 'plain'), ('evolving', 'gated'), ('frozen', 'plain'),
                             ('frozen', 'gated'), ('local', 'plain'), ('none', 'plain'))]
-ALL_KEYS = pytest.mark.parametrize('keys', KEYS, ids=lambda keys: ' '.join(keys.values()))
+KEYS += [{**KEYS[i], 'past_gate': True} for i in (0, 4, 19, 20)]
+ALL_KEYS = pytest.mark.parametrize('keys', KEYS, ids=lambda keys: ' '.join(map(str, keys.values())))
 SOME_KEYS = [KEYS[i] for i in (0, 1, 4, 8, 10, 14, 18, 19, 21, 23)]

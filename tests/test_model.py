@@ -110,7 +110,7 @@ def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
 
 @pytest.mark.parametrize('n_local, n_global, bias, keys', [
     (0, 2, False, {}), (1, 3, False, {}), (3, 1, True, KEYS[18]),
-    *((2, 2, True, keys) for keys in KEYS if keys['carry'] == 'plain')])
+    *((2, 2, True, keys) for keys in KEYS[:24] if keys['carry'] == 'plain')])
 def test_one_segment_is_a_gpt(n_local, n_global, bias, keys):
     """Parameters, logits, loss and gradients."""
     gpt = small_gpt(n_layer=n_local + n_global, bias=bias,
@@ -203,6 +203,27 @@ def test_without_the_carry_it_is_the_baseline_of_the_same_window(position):
     difference = (all_logits(fold, idx) - alone).abs().amax(dim=(0, 2))
     assert difference[:l].max() < 1e-10 and difference[l:].min() > 1e-4
 
+@pytest.mark.parametrize('position, n_local, past', [
+    ('learned', 0, 'evolving'), ('rotary', 1, 'frozen'), ('learned', 3, 'local')])
+def test_a_fold_with_closed_gates_is_the_baseline_and_with_open_ones_the_fold(
+        position, n_local, past):
+    gpt, idx = small_gpt(position=position, block_size=4 * l), tokens(2, 4 * l)
+    keys = dict(position=position, past=past, n_local=n_local, n_global=4 - n_local)
+    fold, usual = make_model('fold', {**SIZES, **keys, 'past_gate': True}).double(), make(**keys)
+    for model in (fold, usual):
+        load_weights(model, gpt.state_dict())
+    logits, loss, _ = fold(idx, idx)
+    alone = [all_logits(gpt, segment) for segment in idx.split(l, dim=1)]
+    assert_equal(logits, torch.cat(alone, dim=1))
+    loss.backward()
+    grads = gradients(fold)
+    assert all(grads[name].all() for name in fold.state_dict() if 'past_gate' in name)
+    for block in fold.transformer.h[n_local:]:
+        block.attn.past_gate.data += 1 / 16
+    assert_equal(all_logits(fold, idx), all_logits(usual, idx))
+    with pytest.raises(SystemExit, match=f'has a .*h.{n_local}.attn.past_gate: .*=True and no lar'):
+        load_weights(usual, fold.state_dict())
+
 def test_a_window_of_the_whole_block_is_the_usual_gpt():
     for position in ('learned', 'rotary'):
         gpt, window = (make('gpt', position=position, window=W, block_size=8) for W in (0, 8))
@@ -269,6 +290,7 @@ def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(
     ('fold', dict(n_local=-1), 'n_local must be at least 0'), ('fold', dict(n_head=5), 'n_head=5'),
     ('fold', dict(carry='half'), "not 'half'"), ('fold', dict(past='l'), 'past must be one of'),
     ('fold', dict(past='none', carry='gated'), 'no carry to mix with'),
+    ('fold', dict(past='none', past_gate=True), 'no past half to open to'),
     ('fold', dict(window=3), 'a fold takes window=0'), ('gpt', dict(window=-1), 'window must be'),
     ('gpt', dict(position='r'), 'position must be'), ('fold', dict(local='l'), 'local must be'),
     ('gpt', dict(position='rotary', n_embd=6), 'an even size'),

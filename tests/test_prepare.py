@@ -199,6 +199,8 @@ def test_gpt2():
     assert gpt2.decode(gpt2.encode(TEXT).tolist()) == TEXT
     assert gpt2.decode(gpt2.encode('😀').tolist()[:1]) == '\ufffd'
     assert 50256 not in gpt2.encode('<|endoftext|>')
+    signs = ''.join(map(chr, range(14, 26)))  # of tasks/needle.py
+    assert gpt2.encode(signs).tolist() == [*range(202, 214)]
     assert len(gpt2.encode('^' * 1_000_000)) == 250_000
     folder = make(tokenizer='gpt2')
     meta = load_meta(folder)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, flags
 from safetensors.torch import load_file, save_file
 from small import all_logits, make, tokens
 from test_errors import check, contents
@@ -122,17 +122,23 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, spoile
     check(run('lib/pretrained.py', 'hf', 'new'), part)
     assert contents(tmp_path) == before and os.listdir() == ['hf']
 
-def test_a_folder_starts_a_fold(train, run, tmp_path):
+def test_a_folder_starts_a_fold(train, start, run, tmp_path, data_dir):
     weights = export(tmp_path / 'hf', vocab_size=23, **GPT2).state_dict()
     config = {**parts_of(tmp_path / 'hf')[1], 'foldgpt': {}}  # as of another program
     (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config))
     check(run('sample.py', f"--out_dir={tmp_path / 'hf'}"), 'holds no vocabulary')
     check(train(init_from='scratch', gelu='x'), "gelu must be one of ('none', 'tanh')")
-    done = train(init_from=tmp_path / 'hf', n_local=2, n_global=2, max_iters=0)
+    done = train(init_from=tmp_path / 'hf', n_local=2, n_global=2, past_gate=True, max_iters=0)
     assert done.code == 0, done.err
     saved = torch.load(tmp_path / 'out' / 'last.pt')
     assert saved['model_type'] == 'fold' and saved['config']['gelu'] == 'tanh'
-    equal(saved['model'], {**weights, WPE: weights[WPE][:4]})
+    gates = {f'transformer.h.{i}.attn.past_gate': torch.zeros(8) for i in (2, 3)}
+    equal(saved['model'], {**weights, WPE: weights[WPE][:4], **gates})
+    done = start('config/fold_gpt2.py', *flags(  # cut short
+        tmp_path / 'cut', data_dir, init_from=tmp_path / 'hf', n_local=3, max_iters=2,
+        bptt_segments=2))
+    assert done.code == 0, done.err
+    assert torch.load(tmp_path / 'cut' / 'last.pt')['model']['transformer.h.3.attn.past_gate'].all()
 
 def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F811
     """sample.py needs no run for them; without a network, one line says what to do by hand."""

@@ -193,6 +193,13 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(data_dir, tmp_path, 
     with pytest.raises(SystemExit, match='has 18 characters, of which the model knows 9'):
         needle.probe(model, saved, p, 'cpu')
 
+def test_keys_among_byte_pairs_are_of_tokens_that_gpt2_has_and_no_text(monkeypatch):
+    meta = {'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50257}
+    monkeypatch.setattr(needle, 'read_split', lambda s, split: (torch.arange(150), meta))
+    sequences = needle.make_sequences(SimpleNamespace(**NEEDLE, filler='text'), 'train', 1)
+    x = sequences.new(50, 24, 24)[0]
+    assert sequences.vocab_size == 50257 and {*x[x >= 150].tolist()} == {*range(202, 214)}
+
 def test_a_file_is_for_those_who_know_a_text(train, run, tmp_path):
     assert train(task='track', max_iters=0).code == 0
     done = run('probe.py', tmp_path / 'out', f'--file={__file__}')
