@@ -112,11 +112,19 @@ def count_parameters(model):
 def flops_per_token(model, T):
     """FLOPs of training on a sequence of T tokens, per token: the matrix products of forward and
     backward, as torch counts them; norms, softmax and embeddings are not counted."""
-    math = sdpa_kernel(SDPBackend.MATH)  # as a fused kernel would count nothing
-    with torch.device('meta'), math, FlopCounterMode(display=False) as counter:
-        twin, idx = type(model)(model.config), torch.zeros(1, T, dtype=torch.int64)  # shapes alone
-        twin(idx, idx)[1].backward()
-    return counter.get_total_flops() / T
+    def counted(some):
+        idx = torch.zeros(1, T, dtype=torch.int64)
+        math = sdpa_kernel(SDPBackend.MATH)  # as a fused kernel would count nothing
+        with math, FlopCounterMode(display=False) as counter:
+            some(idx, idx)[1].backward()
+        some.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / T
+    try:
+        with torch.device('meta'):  # shapes alone
+            return counted(type(model)(model.config))
+    except (RuntimeError, TypeError):  # a model that looks at numbers
+        with next(model.parameters()).device:
+            return counted(model)
 
 def adamw(model, weight_decay, learning_rate, betas, device):
     """AdamW in two groups: matrices and embeddings decay, biases and layer norms do not."""
