@@ -171,15 +171,18 @@ class Scholar(torch.nn.Module):
         return logits, None, None
 
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
-def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler):
+def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler, monkeypatch):
     task = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE)
+    monkeypatch.setattr('lib.streaming.FUSED_FROM', 3)  # so that it is tried on few tokens
     scholar = Scholar(task.sequences, lambda d: d in (5, 7000))
     found = needle.recalled(scholar, task.s, [5, 30, 7000], 12, 'cpu')
     assert found == {5: 12, 30: 0, 7000: 12} and scholar.starts == set(range(12))
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
 
-def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(data_dir, tmp_path, capsys):
+def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
+        data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('lib.streaming.FUSED_FROM', 3)
     task = make_task('needle', 'gpt', data_dir=data_dir, filler='text', **NEEDLE, block_size=24)
     known = ''.join(task.tokenizer['chars'])
     (tmp_path / 'book').write_text((known * 99)[:600] + '\u2260' * 7)
