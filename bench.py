@@ -2,6 +2,7 @@
 
     python bench.py                       # generation, in some minutes
     python bench.py --parts=speed,memory  # training: hours on two CPU cores
+    torchrun --standalone --nproc_per_node=2 bench.py --parts=speed  # processes that share a batch
 """
 import lib.start  # noqa: F401 (before torch)
 import json
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -17,6 +19,7 @@ import torch
 
 from configurator import Settings, at_least, configure, numbers, one_of
 from lib import device as machine
+from lib import processes
 from lib.checkpoint import find_file, load, load_model
 from lib.console import Progress, require, say
 from lib.contract import adamw, flops_per_token, make_model, unit
@@ -41,15 +44,18 @@ contexts = '100,1000,10000,100000,1000000'  # tokens read before the clock start
 window_tokens = 240   # tokens generated between two readings of the clock
 
 # training
-sides = 'fold,fold truncated,fold recomputed,gpt'  # all are compared with the last
+sides = 'fold,fold truncated,fold recomputed,gpt'  # all are compared with the last; of another
+                      # config, such as 'fold past=frozen local=sliding truncated'
 sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads; memory: of the first
 segment_size = 12     # tokens of a segment
 vocab_size = 65       # tiny Shakespeare's characters
 batch_size = 16       # sequences of an update
+largest_batch = 0     # for the speed: four times as many, up to so many, while tokens/s grow by 5 %
 bptt_segments = 16    # segments of a chunk of a truncated side
 window = 192          # tokens of a sequence, for the speed
 starts = 3            # processes of each side, the sides taking turns
-steps = 4             # updates between two readings of the clock
+steps = 20            # updates between two readings of the clock; of larger batches fewer, not
+                      # fewer than 5
 block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # tokens of a sequence, for memory
 memory_limit_gb = 4.0  # points that would need more, if it grows as the length does, are left out
 products = 'auto'     # as in train.py
@@ -132,16 +138,19 @@ def measure_generation(s):
 
 def make_side(side, size, T, s):
     """A model for sequences of T tokens, and the side's way. Raises SystemExit for bad names."""
-    model_type, _, way = side.partition(' ')
+    model_type, *words = side.split()
+    own = dict(word.split('=', 1) for word in words if '=' in word)
+    way = ' '.join(word for word in words if '=' not in word)
     found = re.fullmatch(r'(\d+)\+(\d+)x(\d+)x(\d+)', size)
-    require(found and way in ('', 'truncated', 'recomputed'),
-            f"{side!r} of size {size!r}: a side is a model_type, or one and 'truncated' or "
-            "'recomputed'; a size is such as 2+2x128x4")
+    require(found and way in ('', 'truncated', 'recomputed')
+            and {*own} <= {'past', 'local', 'carry', 'position'},
+            f"{side!r} of size {size!r}: a side is a model_type, or one and past=..., local=..., "
+            "carry=..., position=..., 'truncated' or 'recomputed'; a size is such as 2+2x128x4")
     n_local, n_global, n_embd, n_head = map(int, found.groups())
     return make_model(model_type, dict(
         n_layer=n_local + n_global, n_local=n_local, n_global=n_global, n_embd=n_embd,
         n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
-        vocab_size=s.vocab_size)), way
+        vocab_size=s.vocab_size, **own)), way
 
 def make_updates(side, size, T, s, tried=1):
     """updates(n), which trains a side for n updates, and compiled(), what is compiled by then;
@@ -158,6 +167,7 @@ def make_updates(side, size, T, s, tried=1):
         p.grad = torch.zeros_like(p)
     optimizer.step()  # its memory is there before the measurement
     tokens = torch.randint(s.vocab_size, (s.batch_size, T + 1), dtype=torch.uint16)
+    tokens = processes.my_share(tokens)
     kwargs = {'chunk': s.bptt_segments * unit(model) if way == 'truncated' else 0,
               'recompute': way == 'recomputed', 'device': s.device, 'step': graphs,
               'autocast': autocast}
@@ -165,27 +175,42 @@ def make_updates(side, size, T, s, tried=1):
     def updates(n):
         for _ in range(n):
             backpropagate(model, tokens[:, :-1], tokens[:, 1:], **kwargs)
+            processes.average_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return updates, lambda: 'off' if graphs and not (graphs.works and graphs.graphs) else compile
 
+def speeds(side, size, T, s, turn=nullcontext):
+    """Yield of a side, batch by batch: the batch, its tokens per second, the median of the rounds,
+    seconds until these begin, peak MB, and what is compiled. The rounds are within turn()."""
+    B, best, begin = s.batch_size, 0.0, time.perf_counter()
+    while True:
+        n = max(min(5, s.steps), s.steps * s.batch_size // B)
+        updates, compiled = make_updates(side, size, T, s.replace(batch_size=B), B)
+        rate(1, s.device, updates, n)  # warms up
+        ready = time.perf_counter() - begin
+        with turn():
+            speed = statistics.median(rate(n * B * T, s.device, updates, n)
+                                      for _ in range(s.rounds))
+        yield {'batch': B, 'rate': speed, 'ready': ready, 'mb': machine.peak_mb(s.device),
+               'compiled': compiled()}
+        if 4 * B > s.largest_batch or speed < 1.05 * best:
+            return
+        B, best, begin, updates, compiled = 4 * B, speed, time.perf_counter(), None, None
+        torch.compiler.reset()
+
 def train_side(what, side, size, T, settings):
-    """The 'speed' of a side: tokens per second, the median of the rounds, seconds until these
-    begin, and what is compiled. Or the peaks of its 'memory' in MB, before and after updates:
-    several of short ones, as the second takes more."""
-    s, begin = Settings(settings), time.perf_counter()
+    """The 'speed' of a side, as speeds() has it, at its fastest batch. Or the peaks of its 'memory'
+    in MB, before and after updates: several of short ones, as the second takes more."""
+    s = Settings(settings)
     machine.set_up(s.device, s.threads, s.products)
-    if what == 'memory':
-        updates, _ = make_updates(side, size, T, s)
-        before = machine.peak_mb(s.device)
-        updates(max(1, 1536 // T))
-        return float(before), float(machine.peak_mb(s.device))
-    updates, compiled = make_updates(side, size, T, s, s.batch_size)
-    rate(1, s.device, updates, s.steps)  # warms up
-    ready = time.perf_counter() - begin
-    rates = [rate(s.steps * s.batch_size * T, s.device, updates, s.steps) for _ in range(s.rounds)]
-    return statistics.median(rates), ready, compiled()
+    if what == 'speed':
+        return max(speeds(side, size, T, s), key=lambda found: found['rate'])
+    updates, _ = make_updates(side, size, T, s)
+    before = machine.peak_mb(s.device)
+    updates(max(1, 1536 // T))
+    return float(before), float(machine.peak_mb(s.device))
 
 def in_process(*job):
     """train_side() in a new process. Raises SystemExit, in one line, if that fails or is killed."""
@@ -200,19 +225,21 @@ def in_process(*job):
 def measure_speed(s):
     """Training of every side, size after size; efficiency: FLOPs/s over those of the last side."""
     metrics, sides, T, notes = {}, s.sides.split(','), s.window, []
+    run = train_side if processes.WORLD > 1 else in_process  # that are there already
     for size in s.sizes.split(','):
-        works = {side: partial(in_process, 'speed', side, size, T, s.as_dict()) for side in sides}
+        works = {side: partial(run, 'speed', side, size, T, s.as_dict()) for side in sides}
         found = alternate(works, s.starts, size)
-        rates = {side: [start[0] for start in found[side]] for side in sides}
+        rates = {side: [start['rate'] for start in found[side]] for side in sides}
         flops = {side: flops_per_token(make_side(side, size, T, s)[0], T) for side in sides}
         done = {side: [flops[side] * speed for speed in rates[side]] for side in sides}
         for side in sides:
             metrics[f'{size} {side}, tokens per second'] = median(rates[side])
             metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
             metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
-            _, ready, compiled = zip(*found[side])
-            metrics[f'{size} {side}, seconds to start'] = median(ready)
-            notes.append(f"{size} {side}: compiled: {', '.join(sorted({*compiled}))}")
+            for key, title in (('batch', 'batch'), ('ready', 'seconds to start')):
+                metrics[f'{size} {side}, {title}'] = median([start[key] for start in found[side]])
+            compiled = {start['compiled'] for start in found[side]}
+            notes.append(f"{size} {side}: compiled: {', '.join(sorted(compiled))}")
         yield metrics, {}, ['medians of the starts, whose rates are medians of rounds', *notes]
 
 def measure_memory(s):
@@ -239,9 +266,11 @@ PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': mea
 def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
+    require(processes.WORLD == 1 or s.parts == 'speed' and s.batch_size % processes.WORLD == 0,
+            'several processes measure --parts=speed, of a batch_size that they can share')
     one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
     at_least(s, memory_limit_gb=0.0, threads=0, window_tokens=1, rounds=1, batch_size=1,
-             bptt_segments=1, starts=1, steps=1)
+             bptt_segments=1, starts=1, steps=1, largest_batch=0)
     require(s.vocab_size <= 2 ** 16, f'vocab_size={s.vocab_size} is more than {2 ** 16}, which no '
             f'data set has: lower it')
     lengths = {s.window, *numbers('block_sizes', s.block_sizes, least=1)}
@@ -250,7 +279,8 @@ def main(s):
             make_side(*job, s)
     for part in s.parts.split(','):
         check_place(place(f'{part}{s.label}.json', s.record), RECORD)
-    s, cores = s.replace(device=machine.pick_device(s.device)), torch.get_num_threads()
+    device, cores = processes.join(machine.pick_device(s.device)), torch.get_num_threads()
+    s = s.replace(device=device)
     machine.choose_compile(s.compile, s.device, machine.LONG)  # refuses what cannot be
     for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':
@@ -258,12 +288,14 @@ def main(s):
         machine.set_threads(s.threads or (1 if part == 'generation' else cores))
         path = place(f'{part}{s.label}.json', s.record)
         for metrics, curves, notes in PARTS[part](s):
-            save_record(path, make_record(part, s.as_dict(), [s.seed], metrics, curves, notes,
-                                          device=s.device))
+            result = make_record(part, {**s.as_dict(), 'processes': processes.WORLD}, [s.seed],
+                                 metrics, curves, notes, device=s.device)
+            processes.from_writer(lambda: save_record(path, result))
         lines = [f'{name:<60}{found["value"]:>16,.3f}' for name, found in metrics.items()]
         lines += [f'{name}: ' + ', '.join(f'{p["value"]:,.0f} ({p["x"]:,})' for p in c['points'])
                   for name, c in curves.items()]
         say('\n'.join([*lines, *notes, f'written to {path}']))
+    processes.leave()
 
 if __name__ == '__main__':
     main(configure(globals()))

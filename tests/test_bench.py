@@ -4,8 +4,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
+from conftest import check_error
 
 import bench
 from configurator import configure
@@ -37,8 +39,9 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
     """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
     monkeypatch.setattr(bench, 'flops_per_token', lambda model, T: 2 if model.unit > 1 else 1)
-    found = measure('speed', fold=iter([[5, 1, 'off'], [2, 3, 'kernels']]),
-                    gpt=iter([[10, 1, 'off'], [20, 1, 'off']]))
+    starts = [dict(rate=rate, ready=ready, compiled=compiled, batch=4) for rate, ready, compiled in
+              ((5, 1, 'off'), (2, 3, 'kernels'), (10, 1, 'off'), (20, 1, 'off'))]
+    found = measure('speed', fold=iter(starts[:2]), gpt=iter(starts[2:]))
     value = found['metrics']['1+1x16x2 fold, efficiency']
     assert [value[key] for key in ('value', 'low', 'high')] == pytest.approx([0.6, 0.2, 1])
     assert found['metrics']['1+1x16x2 fold, tokens per second']['value'] == 3.5
@@ -52,14 +55,46 @@ def test_efficiency_and_points_of_memory(measure, monkeypatch):
 
 def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
-    rate, ready, compiled = bench.train_side('speed', 'fold truncated', '1+1x16x2', 8, s)
-    assert min(rate, ready) > 0 and compiled == 'off'
+    side = bench.train_side('speed', 'fold past=frozen truncated', '1+1x16x2', 8, s)
+    assert min(side['rate'], side['ready']) > 0 and side['compiled'] == 'off'
     before, after = bench.in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
     assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
     why = '^error: fold at 1.1x16x3, 8 tokens, ended: .*n_head'
     with pytest.raises(SystemExit, match=why) as ended:
         bench.in_process('speed', 'fold', '1+1x16x3', 8, s)
     assert '\n' not in str(ended.value)
+
+def test_larger_batches_while_they_give_more(monkeypatch):
+    """Fewer updates of them between readings; what has to be ready first is not within turn()."""
+    s = configure(vars(bench), [*FLAGS, '--steps=8', '--largest_batch=300', '--rounds=1'])
+    rates, seen, turns = iter([0, 10, 0, 20, 0, 20.9]), [], []
+
+    def rate(n, device, updates, steps):
+        seen.append((n, steps))
+        return next(rates)
+
+    @contextmanager
+    def turn():
+        turns.append(len(seen))
+        yield
+    monkeypatch.setattr(bench, 'rate', rate)
+    assert [found['batch'] for found in bench.speeds('gpt', '1+1x16x2', 8, s, turn)] == [4, 16, 64]
+    assert seen[1::2] == [(256, 8), (640, 5), (2560, 5)] and turns == [1, 3, 5]
+
+def test_settings_of_a_side():
+    s = configure(vars(bench), FLAGS)
+    model, way = bench.make_side('fold recomputed past=frozen local=sliding', '1+1x16x2', 8, s)
+    assert (model.config.past, model.config.local, way) == ('frozen', 'sliding', 'recomputed')
+
+def test_processes_share_a_batch(monkeypatch):
+    s, seen = configure(vars(bench), FLAGS), []
+    monkeypatch.setattr(bench.processes, 'WORLD', 2)
+    monkeypatch.setattr(bench.processes, 'average_gradients', seen.append)
+    monkeypatch.setattr(bench, 'backpropagate', lambda model, x, y, **kwargs: seen.append(x.shape))
+    updates, _ = bench.make_updates('gpt', '1+1x16x2', 8, s)
+    updates(1)
+    assert seen[0] == (2, 8) and len(seen) == 2
+    check_error('several processes', bench.main, s)
 
 def test_ctrl_c_leaves_no_process(tmp_path):
     flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
@@ -79,7 +114,9 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     ('batch_size=0', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
     ('vocab_size=65537', 'vocab_size=65537'),
     ('vocab_size=0', 'vocab_size'), ('contexts=9' + 99 * '9', 'contexts'),
-    ('sizes=2+2', '2+2x128x4'), ('sides=fold slow', "'truncated' or"), ('contexts=0', 'contexts'),
+    ('sizes=2+2', '2+2x128x4'), ('sides=fold slow', "'truncated' or"),
+    ('sides=fold past=new', 'past must be'), ('sides=fold n_embd=8', "'truncated' or"),
+    ('contexts=0', 'contexts'),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])
 def test_bad_settings_are_refused_in_a_line(run, flag, why):
     done = run('bench.py', *FLAGS, f'--{flag}')

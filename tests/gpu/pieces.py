@@ -5,29 +5,26 @@ They print results as lines of JSON: of gradients as the session notes them, of 
 import fcntl
 import json
 import os
-import statistics
 import sys
-import time
-from contextlib import nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from itertools import product
 from pathlib import Path
 
-BEGUN = time.monotonic()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import bench  # noqa: E402
 from configurator import configure  # noqa: E402
 from lib.contract import make_model  # noqa: E402
-from lib.device import compile_blocks, peak_mb  # noqa: E402
+from lib.device import compile_blocks  # noqa: E402
 from lib.gradients import backpropagate  # noqa: E402
 from lib.graphs import Graphs  # noqa: E402
 from models import MODELS  # noqa: E402
 
 TINY = bool(os.environ.get('TINY'))
 DEVICE, DATASET = ('cpu', 'tiny') if TINY else ('cuda', 'shakespeare')
-SIZE, BATCHES = ('1+1x16x2', [4, 8]) if TINY else ('3+3x384x6', [64, 256, 1024])
+SIZE, BATCH = ('1+1x16x2', 4) if TINY else ('3+3x384x6', 64)
 SIDES = {'GPT': ('gpt', 12, 256), 'fold l=12': ('fold', 12, 252),  # model, segment, sequence
          'fold l=32': ('fold', 32, 256), 'fold l=64': ('fold', 64, 256)}
 CASES = {  # of gradients: {piece: [(model, sizes)]}
@@ -109,27 +106,21 @@ def captured():
            {'apart': 1e-3})
 
 def speed(name, way, gate):
-    """Print a side's speed, batch after batch until tokens/s stop growing: it gets ready as soon as
-    it can, and is measured when the file `gate` is its own."""
-    (kind, l, T), last, begun = SIDES[name], 0.0, BEGUN
-    with open(gate, 'w') as turn:
-        for B in BATCHES:
-            s = configure(vars(bench), [f'--segment_size={l}', f'--batch_size={B}', '--threads=1',
-                                        f'--compile={way}', f'--device={DEVICE}'])
-            updates, compiled = bench.make_updates(kind, SIZE, T, s, B)
-            bench.rate(1, DEVICE, updates, 2 if TINY else 6)
-            found = {'batch': B, 'ready': time.monotonic() - begun}
+    """Print a side's speed, batch by batch: it gets ready as soon as it can, says so, and is
+    measured when the file `gate` is its own."""
+    @contextmanager
+    def turn():
+        print('@@{}', flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        fcntl.flock(file, fcntl.LOCK_UN)
+    (kind, l, T), n = SIDES[name], '2' if TINY else '20'
+    s = configure(vars(bench), [f'--segment_size={l}', f'--batch_size={BATCH}', '--threads=1',
+                                f'--compile={way}', f'--device={DEVICE}', '--rounds=3',
+                                f'--steps={n}', f'--largest_batch={16 * BATCH}'])
+    with open(gate, 'w') as file:
+        for found in bench.speeds(kind, SIZE, T, s, turn):
             print('@@' + json.dumps(found), flush=True)
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            n = 2 if TINY else 20 if B == BATCHES[0] else 5
-            rate = statistics.median([bench.rate(n * B * T, DEVICE, updates, n) for _ in range(3)])
-            fcntl.flock(turn, fcntl.LOCK_UN)
-            found.update(rate=rate, mb=peak_mb(DEVICE), compiled=compiled())
-            print('@@' + json.dumps(found), flush=True)
-            if rate < 1.05 * last:
-                break
-            last, begun, updates, compiled = rate, time.monotonic(), None, None
-            torch.compiler.reset()
 
 if __name__ == '__main__':
     {'gradients': gradients, 'captured': captured, 'speed': speed}[sys.argv[1]](*sys.argv[2:])

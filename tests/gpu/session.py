@@ -18,9 +18,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import glob
+from importlib import import_module
 from importlib.util import find_spec
 
-from pieces import BATCHES, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
+from pieces import BATCH, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
 from steps import COMPARISON, NEEDED, PIECES, gradient_chains, smoke_chains
 
 from lib.contract import flops_per_token
@@ -227,7 +228,7 @@ def trainings(work, until):
     """nanoGPT's Shakespeare setting, all sides side by side: 5000 updates, as there, or as many as
     there is time for; the same number for each."""
     plans = {name: fastest(name) for name in SIDES}
-    update = sum(BATCHES[0] * SIDES[name][2] / plans[name][0] for name in SIDES)  # seconds
+    update = sum(BATCH * SIDES[name][2] / plans[name][0] for name in SIDES)  # seconds
     time_left = left(until) - 30 - max(ready for _, _, ready in plans.values())
     n = 8 if TINY else min(5000, max(100, int(0.7 * time_left / update)))
     common = runpy.run_path(os.path.join(ROOT, 'config/compare_shakespeare_gpu.py'))['common']
@@ -294,6 +295,9 @@ def main():
     settings = {'budget': BUDGET, 'parts': ','.join(PARTS), 'tiny': TINY, 'size': SIZE}
     record.update(make_record('gpu session', settings, [1337], {}, {}, device=DEVICE), checks={})
     work = tempfile.mkdtemp(prefix='gpu_session_')
+    for name in ('torch._dynamo', 'matplotlib.figure') if TINY else ():  # which copies have, then
+        with suppress(ImportError):
+            import_module(name)
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = f'{work}/inductor'  # what is killed leaves torn files
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
