@@ -34,7 +34,8 @@ def require(fine, problem):
         raise SystemExit(f'error: {problem}')
 
 def explain(error):
-    """A line about an error of a file, of the memory or of weights; None about any other."""
+    """A line about an error of a file, of the memory, of other processes or of weights; None about
+    any other."""
     text = ' '.join(str(error).split())[:100]
     if isinstance(error, OSError):
         where = f'cannot use {error.filename}: ' if error.filename else ''
@@ -42,6 +43,9 @@ def explain(error):
         return f'error: {where}{error.strerror or text}: {remedy}, or go elsewhere'
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and 'memory' in text:
         return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
+    if isinstance(error, RuntimeError) and ('gloo' in text or 'NCCL' in text):
+        return ('error: another process ended, or cannot be reached: start all of them again, with '
+                '--init_from=resume')
     return f'error: {text}: take other weights' if isinstance(error, FloatingPointError) else None
 
 def count(n, thing):

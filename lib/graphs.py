@@ -7,7 +7,7 @@ from lib.gradients import piece, random_state, set_random_state, to_device
 from lib.rows import rowwise
 
 MOST = 4  # graphs of a run, each of which keeps the memory of a micro-step
-NEAR = 0.01  # relative distance of gradients that rounding in bfloat16 explains
+NEAR = 0.05  # relative distance of gradients that rounding in bfloat16 explains
 
 def capture(work):
     """Run work(), of CUDA kernels alone, and capture it: a function that runs it once more, on the
@@ -35,8 +35,8 @@ def capture(work):
 
 class Graphs:
     """Does what piece() does, for lib.gradients.backpropagate. Inputs of new shapes are captured
-    when they first come, and compared with piece(). If that fails, a line says so, and piece()
-    serves from then on."""
+    when they first come, and compared with piece(), uncompiled unless the model drops activations:
+    compiled, it drops others. If that fails, a line says so, and piece() serves from then on."""
 
     def __init__(self, capture=capture):
         self.capture, self.graphs, self.grads, self.works = capture, {}, [], True
@@ -80,8 +80,10 @@ class Graphs:
             way()
             return torch.cat([grad.flatten() for grad in self.grads])
         try:
-            with torch.compiler.set_stance('default'):
+            drops = getattr(model.config, 'dropout', 0)
+            with torch.compiler.set_stance('default' if drops else 'force_eager'):
                 expected = gradients(work)  # first: its memory is free before that of the graph
+            with torch.compiler.set_stance('default'):
                 replay = self.capture(work)
                 found = gradients(replay)
             apart = float((found - expected).norm() / expected.norm())

@@ -20,6 +20,7 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'text': '{metrics/text}',
         'validation loss': '{metrics/loss|.4f} ± {metrics/loss/sd|.4f} || {metrics/loss|.4f}',
         'training tokens/s': '{metrics/tokens_per_s|,.0f}', 'minutes': '{metrics/minutes|.1f}',
+        'compiled': '{settings/compile}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
@@ -57,7 +58,8 @@ def part(run):
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
                         'state_bytes': metric(state.nbytes)},
-            'settings': {'name': run.name, 'budget': run.budget, **run.settings},
+            'settings': {'name': run.name, 'budget': run.budget, **run.settings,
+                         'compile': trained['settings'].get('compile')},  # as it was in fact
             'curves': {name: curve for name, curve in (trained['curves'] | probed['curves']).items()
                        if name != 'training loss'}}  # which is long, and in the run's own record
 

@@ -5,6 +5,8 @@ import signal
 import sys
 from types import SimpleNamespace
 
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # tests are of the CPU; a GPU's are in tests/gpu/
+
 import pytest
 import torch
 

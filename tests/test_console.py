@@ -31,6 +31,11 @@ def test_say_never_fails(out, encoding, printed, said):
         child.stdout = child.stdout.close()
     assert child.communicate(b'\n') == (printed, said) and child.returncode == 0
 
+def test_a_process_that_lost_another_ends_in_a_line():
+    lost = RuntimeError('[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: \nreset')
+    assert console.explain(lost).startswith('error: another process ended')
+    assert console.explain(RuntimeError('shapes differ')) is None
+
 @pytest.mark.parametrize('terminal, rank, expected', [
     (False, '0', 'work: 25%, 10 tokens/s, 1m 30s left, loss 2\n'), (True, '1', ''), (True, '0',
      '\rwork: 1%, 10 tokens/s, 1m 59s left\rwork: 25%, 10 tokens/s, 1m 30s left, loss 2'

@@ -106,17 +106,21 @@ def test_what_fails_is_told_in_a_line_and_done_without(capsys, capture, why):
     assert not step.works and not step.graphs
 
 @pytest.mark.filterwarnings('ignore')
-def test_blocks_are_compiled_for_a_graph_alone(monkeypatch):
+@pytest.mark.parametrize('factor', [1.0, 1.2])
+def test_blocks_are_compiled_for_a_graph_alone_and_rightly(monkeypatch, factor):
     real, calls = torch.compile, []
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(
-        f, backend=lambda graph, inputs: lambda *x: calls.append(1) or graph(*x), **kwargs))
+
+    def backend(graph, inputs):
+        return lambda *x: calls.append(1) or [y * factor for y in graph(*x)]
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
     model = make().float()
     try:
         assert compile_blocks(model, 'graph', 'cpu') == 'graph'
         updates(model, None)
         assert not calls
-        updates(model, Graphs(Stand(model)))
-        assert calls
+        step = Graphs(Stand(model))
+        updates(model, step)
+        assert calls and step.works == (factor == 1.0)
     finally:
         torch.compiler.set_stance('default')
 

@@ -132,7 +132,7 @@ def answers(lines):
 def judge(name, words, wanted, until):
     """Whether a script ends well and prints what is wanted of it; an error is to end it."""
     begun = time.monotonic()
-    code, lines = call(words, min(left(until) - 8, 100 if TINY else 170))
+    code, lines = call(words, min(left(until) - 8, 170))
     for found in answers(lines):
         note(*found)
     without = [line for line in lines if 'does not work here' in line]
