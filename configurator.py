@@ -73,7 +73,8 @@ def merge(saved, given, fixed=(), here=()):
     """
     keys = [key for key in given.as_dict() if key in saved and key not in here
             and (key in fixed or key not in given.given)]
-    changes = {key: _check('the saved run: ', key, saved[key], getattr(given, key)) for key in keys}
+    changes = {key: _check('the saved run is damaged: ', key, saved[key], getattr(given, key))
+               for key in keys}
     notes = [f'resume: {key} stays {value!r}' for key, value in changes.items()
              if key in given.given and value != getattr(given, key)]
     notes += [f'resume: the run does not say its {key}, which is {value!r} from here on'

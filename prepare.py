@@ -100,6 +100,7 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
         require(os.path.exists(meta) or not os.path.exists(os.path.join(folder, part)), f'{folder} '
                 f'has a {part} without a meta.json of ours: rename it, or choose another name')
     encoder = Tokenizer({'kind': 'gpt2'}) if tokenizer == 'gpt2' else None  # before a download
+    given = file
     if dataset == 'shakespeare' and not file:
         file = os.path.join(data_dir, 'shakespeare.txt')
         if not os.path.exists(file):
@@ -109,7 +110,8 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     text = read_text(file, mixed=dataset == 'python_mixed')
     require(text, f'{name} is empty: use a longer text')
     require(dataset != 'shakespeare' or _sha256(text.encode()) == SHAKESPEARE_SHA256,
-            f'{file} is not tiny Shakespeare, by its SHA-256: delete it, or choose another name')
+            f'{file} is not tiny Shakespeare, by its SHA-256: '
+            f"{'choose another name for it' if given else 'delete it'}")
     if newlines == 'unix':
         text = text.replace('\r\n', '\n')
     elif pairs := text.count('\r\n'):

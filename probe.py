@@ -23,6 +23,7 @@ from lib.device import set_up
 from lib.files import PICTURE, RECORD, check_place
 from lib.pictures import curves
 from lib.records import make_record, metric, place, save_record
+from lib.streaming import check_reading
 from tasks import find_task
 
 # run
@@ -72,6 +73,7 @@ def main(p):
             f'text: file is for models of text, and for needles trained with --filler=text')
     config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
+    check_reading(model)
     name, data = os.path.basename(folder), saved.get('data') or {}
     if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
         folder = p.init_from and p.out_dir or place(name, False)

@@ -136,6 +136,7 @@ def open_folder(s):
             f'{out_dir} is not empty ({"".join(sorted(found)[:1])}): --overwrite=True starts over, '
             f'--init_from=resume goes on with its run, --out_dir=... goes elsewhere')
     own_folder(out_dir)
+    ckpt.check_run(out_dir, s.init_from == 'resume')
 
 def lr_at(it):
     """Learning rate of update `it`: linear warm-up, constant, then a cosine down to min_lr."""
@@ -179,6 +180,8 @@ def keep_of_log(record):
 
 def evaluate():
     """Evaluate, log and tell; save, as ckpt.pt too if no evaluation was better."""
+    if run.done >= s.max_iters:
+        check_reading(model)  # once more, with weights that may have been 0 to begin with
     run.val = job.evaluate()
     loss = run.val['val_loss']
     stop_unless_finite(loss, 'the validation loss')
@@ -298,7 +301,7 @@ else:
                              f"it with the checkpoint's tokenizer")
 model.to(device)
 check_contract(model)
-check_reading(model)
+check_reading(model, s.block_size)
 require(not (s.bptt_segments or s.recompute) or carries(model), f'model_type={s.model_type!r} has '
         f'no segments: bptt_segments must be 0 and recompute False')
 s = s.replace(**{key: value for key, value in vars(model.config).items() if key in s.as_dict()})
@@ -327,7 +330,8 @@ if s.init_from == 'resume':
         if checkpoint['iter_num'] and not optimizer.state:
             raise ValueError('no optimizer state')
         for p, state in optimizer.state.items():
-            if any(value.shape not in (p.shape, ()) for value in state.values()) or any(
+            if any(value.shape not in (p.shape, ()) or not value.is_floating_point()
+                   for value in state.values()) or any(
                     state[key].min() < 0 for key in ('step', 'exp_avg_sq')):
                 raise ValueError('optimizer')
         vars(run).update(checkpoint['run'])
@@ -340,10 +344,12 @@ if s.init_from == 'resume':
             set_random_state(state, device)
     except Exception as error:  # whatever a file can hold in place of these
         raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
-                         f'--init_from={last_path} starts from its weights') from None
+                         f'{ckpt.WAY_ON.format(last_path)}') from None
 made_by = {**provenance(device), 'processes': WORLD, 'compiled': compile}
 start = {'event': 'start', 'iter': run.done, 'config': s.as_dict(),
          'parameters': count_parameters(model), **job.data, **made_by}
+if not run.done:
+    save()  # a run that is killed before its first evaluation can be resumed, too
 from_writer(lambda: ckpt.open_run(out_dir, s.init_from == 'resume' and keep_of_log, start))
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
@@ -355,8 +361,6 @@ model.train()
 stop = stop or processes.Stop()
 folder = shlex.quote(f'--out_dir={os.path.relpath(out_dir)}')
 finished = run.done >= s.max_iters
-if not run.done:
-    save()  # a run that is killed before its first evaluation can be resumed, too
 if run.pending or finished:
     evaluate()
 first = run.done

@@ -37,6 +37,9 @@ RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': b
 # names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 START = b'{"event": "start"'  # of a log
 STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
+OWN = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
+       'probe.json': RECORD, 'probe.png': PICTURE}  # of a run
+WAY_ON = '--init_from={} --out_dir=... starts from its weights, with the same sizes'
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
 def save(path, content, kept='the checkpoint before it is kept'):
@@ -65,6 +68,8 @@ def read_file(path, kind, device='cpu'):
                 raise zipfile.BadZipFile
             file.seek(0)
             content = torch.load(file, map_location=device, weights_only=True)
+    except PermissionError:  # which is no damage
+        raise
     except Exception as error:  # a damaged file can fail anywhere
         if isinstance(error, pickle.UnpicklingError):  # and this one is whole
             reason = 'holds objects of another program'
@@ -106,14 +111,14 @@ def load_to_resume(folder):
         require(isinstance(checkpoint.get(key), kind)
                 and (checkpoint[key] or key not in ('config', 'rng')),
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
-                f'--init_from={path} starts from its weights')
+                f'{WAY_ON.format(path)}')
     run, counted = checkpoint['run'], {**checkpoint['run'], 'best': 0, 'val': 0}
     require({key: type(value) for key, value in run.items()} == RUN and run['best'] > -math.inf
             and can_be((counted, checkpoint['optimizer']))
             and run['done'] == checkpoint.get('iter_num'), f'{path} cannot be resumed: it is '
-            f'damaged in its run or optimizer; --init_from={path} starts from its weights')
+            f'damaged in its run or optimizer; {WAY_ON.format(path)}')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
-    checkpoint['config'] = {**known, **checkpoint['config']}
+    checkpoint['config'] = {**known, **checkpoint['config'], **checkpoint['model_args']}
     return checkpoint
 
 def can_be(value):
@@ -157,7 +162,8 @@ def load_weights(model, state_dict):
         then, now = tuple(value.shape), tuple(own[name].shape)
         require(then == now, f'{name} is {then} in the checkpoint and {now} here: take the same '
                              f'sizes, and no longer window or segment')
-        require(value.isfinite().all(), f'{name} of the checkpoint is not finite: take an earlier')
+        require(value.is_floating_point() and value.isfinite().all(),
+                f'{name} of the checkpoint is not finite, or of no floats: take an earlier')
     model.load_state_dict(weights)
 
 def load_model(checkpoint, model_type=None, device='cpu', **sizes):
@@ -183,7 +189,7 @@ def newest_run(task=None):
         folder = os.path.relpath(os.path.dirname(path), ROOT)
         try:
             other = load(path)['task']
-        except SystemExit as error:
+        except (SystemExit, PermissionError) as error:
             write(sys.stderr, f'{folder} is left out: {str(error).removeprefix("error: ")}\n')
             continue
         if task in (None, other):
@@ -237,16 +243,17 @@ def look(x):
     """What a tensor of a state has in common with that of any other state of its model."""
     return x.shape, x.dtype, bool(x.isfinite().all())
 
+def check_run(folder, resumes):
+    """Raise SystemExit if a file that a run writes is there, and of another program."""
+    for name, mark in {**OWN, 'log.jsonl': b'' if resumes else START}.items():
+        check_kind(os.path.join(folder, name), mark)
+
 def open_run(folder, keep, start):
     """Make a run's folder ready: of its log stay the lines that are whole and of which keep(record)
     says so, and the record `start` follows; without keep a run starts anew, and the files of
-    another go."""
+    another go, but last.pt, which is the new one's."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    own = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
-           'probe.json': RECORD, 'probe.png': PICTURE}
-    for name, mark in {'log.jsonl': b'' if keep else START, **own}.items():
-        check_kind(os.path.join(folder, name), mark)
-    gone = () if keep else own
+    gone = () if keep else {*OWN} - {'last.pt'}
     for name in os.listdir(folder):
         if name in gone or is_temporary(name):  # left by a process that was killed
             os.remove(os.path.join(folder, name))

@@ -86,18 +86,22 @@ def make_model(model_type, sizes, copies=1):
         value = given.get(field.name, least)
         require(field.type is not int or value >= least,
                 f'{field.name} must be at least {least}, not {value}')
-        require(field.type is not int or value < 2 ** 48, f'{field.name}={value} is too large')
+        most = 1000 if field.name in ('n_layer', 'n_local', 'n_global') else 2 ** 48
+        require(field.type is not int or value <= most, f'{field.name}={value} is too large')
     dropout = given.get('dropout', 0)
     require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:
-        config, need = config_class(**given), 0
-        with suppress(RuntimeError), torch.device('meta'):  # takes no memory, but not every model
-            need = copies * sum(p.nbytes for p in model_class(config).parameters())
-        require(need < free_memory(), f'this model takes {need / 1e9:,.1f} GB, and '
-                f'{free_memory() / 1e9:,.1f} are free: make n_embd or the number of layers smaller')
+        config = config_class(**given)
+        n_layer, C = getattr(config, 'n_layer', 0), getattr(config, 'n_embd', 0)
+        need = copies * 4 * (config.vocab_size + 12 * n_layer * C) * C  # a GPT's, and about a peer's
+        require(need < free_memory(), f'this model takes some {need / 1e9:,.0f} GB, and '
+                f'{free_memory() / 1e9:,.0f} are free: make n_embd or the number of layers smaller')
         return model_class(config)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None
+    except RuntimeError as error:  # the allocator's
+        raise SystemExit(f'error: no memory for this model ({str(error)[:60]}): make n_embd or the '
+                         f'number of layers smaller') from None
 
 def find_model(model_type):
     """The config's and the model's class. Raises SystemExit for an unknown type."""

@@ -16,8 +16,8 @@ def curves(path, title, drawn, log=True, log_y=False):
     matplotlib a line says that there is no picture."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        say(f'{path} is not drawn: matplotlib is missing')
+    except (ImportError, ValueError) as error:  # it is missing, or its settings are odd
+        say(f'{path} is not drawn: {error}')
         return
     figure = Figure(figsize=(8, 4.5), layout='tight')
     ax, measured = figure.subplots(), set()

@@ -13,7 +13,7 @@ from lib.console import require
 
 texts = [os.environ.get(key) or usual
          for key, usual in (('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'))]
-require(all(map(str.isdecimal, texts)) and int(texts[0]) < int(texts[2]),
+require(all(map(str.isdecimal, texts)) and int(texts[1]) <= int(texts[0]) < int(texts[2]),
         'the environment has RANK={}, LOCAL_RANK={}, WORLD_SIZE={}: unset them, or start with '
         'torchrun, which sets them'.format(*texts))
 RANK, LOCAL_RANK, WORLD = map(int, texts)

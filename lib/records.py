@@ -32,8 +32,9 @@ def git(words):
     that these files are of."""
     above = os.path.dirname(os.path.realpath(ROOT))  # where no repository is looked for
     words = f'ls-files --error-unmatch model.py > {os.devnull} && git {words}'
+    env = {key: value for key, value in os.environ.items() if not key.startswith('GIT_')}
     return subprocess.run(f'git {words}', shell=True, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
+                          env={**env, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
 
 def provenance(device='cpu'):
     """Where a result comes from; attention: how model.py chooses its kernel."""

@@ -181,7 +181,8 @@ def test_merging_the_settings_of_a_resumed_run():
     assert merged.as_dict() == dict(rate=1, iters=9, width=8, seed=1, threads=7, out_dir='b', new=5)
     assert merged.given == given.given and notes == [
         'resume: width stays 8', 'resume: the run does not say its new, which is 5 from here on']
-    check_error("the saved run: rate='x': expected a finite", merge, {**saved, 'rate': 'x'}, given)
+    check_error("the saved run is damaged: rate='x': expected a finite", merge,
+                {**saved, 'rate': 'x'}, given)
 
 def test_help_settings_and_errors_of_a_script(tmp_path):
     done = run_script(tmp_path, SCRIPT, '--name=x', '-h')

