@@ -93,7 +93,7 @@ def make_model(model_type, sizes, copies=1):
     try:
         config = config_class(**given)
         n_layer, C = getattr(config, 'n_layer', 0), getattr(config, 'n_embd', 0)
-        need = copies * 4 * (config.vocab_size + 12 * n_layer * C) * C  # a GPT's, and about a peer's
+        need = copies * 4 * (config.vocab_size + 12 * n_layer * C) * C  # a GPT's, about a peer's
         require(need < free_memory(), f'this model takes some {need / 1e9:,.0f} GB, and '
                 f'{free_memory() / 1e9:,.0f} are free: make n_embd or the number of layers smaller')
         return model_class(config)
