@@ -123,6 +123,9 @@ def check(s):
            compile=machine.COMPILE)
     require(0 <= s.beta1 < 1 and 0 <= s.beta2 < 1 and 0 <= s.decay_from <= 1,
             f'beta1={s.beta1}, beta2={s.beta2} and decay_from={s.decay_from} must lie in [0, 1)')
+    tokens = s.batch_size * s.block_size * s.gradient_accumulation_steps
+    require(tokens < 10 ** 9, f'an update of {tokens:,} tokens is too large: lower batch_size, '
+            f'block_size or gradient_accumulation_steps')
     require(s.decay_from == 1 or s.min_lr <= s.learning_rate,
             f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}: lower it as well')
 

@@ -31,6 +31,7 @@ def contents(folder):
 
 @pytest.mark.parametrize('settings, parts', [
     (dict(batch_size=0), ['batch_size must be at least 1']),
+    (dict(gradient_accumulation_steps=3 * 10 ** 7), ['tokens is too large: lower batch_size']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
     (dict(n_embd=4 * 10 ** 6), ['this model takes some 6,144,', 'are free: make n_embd or']),
