@@ -185,7 +185,7 @@ class GatedAttention(CausalSelfAttention):
 
     def attend(self, q, k, v):
         both, l = super().attend(q, k, v), self.l
-        n = min(q.size(2), k.size(2) - l)  # queries of the current half
+        n = k.size(2) - l  # tokens of the current half, of which q may ask for the last alone
         if n <= 0:  # nothing is past
             return both
         alone = super().attend(q[:, :, -n:], k[:, :, l:], v[:, :, l:])
