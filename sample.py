@@ -128,8 +128,7 @@ require(saved.get('tokenizer') and saved['task'] == 'text', f'{path} is of anoth
         f'no vocabulary: name a run of train.py on text with --out_dir; it gives one to weights of '
         f'another program, too, by --init_from=PATH --max_iters=0')
 tokenizer = Tokenizer(saved['tokenizer'])
-vocab_size = min(saved['model_args']['vocab_size'], tokenizer.vocab_size)  # beyond is padding
-model = ckpt.load_model(saved, device=device, vocab_size=vocab_size).eval()
+model = ckpt.load_model(saved, device=device, vocab_size=tokenizer.vocab_size).eval()
 corpus = (saved.get('data') or {}).get('dataset', 'an unnamed corpus')
 write(sys.stderr, f"{os.path.relpath(path)}: {saved['model_type']}, trained on {corpus}\n")
 

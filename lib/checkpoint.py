@@ -34,8 +34,8 @@ TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data'
 RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': bool, 'val': dict,
        'interval_loss': torch.Tensor, 'interval_steps': int, 'interval_tokens': int,
        'interval_seconds': float}  # where training stands
-# names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 START = b'{"event": "start"'  # of a log
+# names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
 OWN = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
        'probe.json': RECORD, 'probe.png': PICTURE}  # of a run

@@ -85,8 +85,10 @@ def test_the_commit_is_that_of_the_repository_itself(monkeypatch, tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / 'notes').touch()
         (folder / 'model.py').touch() if added else None
+        monkeypatch.delenv('GIT_DIR', raising=False)
         if name != 'copy':
             subprocess.run(commit, shell=True, check=True, cwd=folder)
         (folder / 'model.py').touch()
         monkeypatch.setattr(records, 'ROOT', str(folder))
+        monkeypatch.setenv('GIT_DIR', str(tmp_path / '.git'))  # as within a hook of git's
         assert (records.provenance()['commit'] == 'unknown') == (name != '.')

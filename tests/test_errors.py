@@ -240,6 +240,14 @@ def test_where_training_stands_is_what_a_run_saves(train, tmp_path, tmp_path_fac
     check(done, 'last.pt cannot be resumed', '--init_from=')
     assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before and 'iter ' not in done.out
 
+def test_sizes_that_a_damaged_config_has_not_are_those_of_the_model(train, tmp_path):
+    assert train(max_iters=1).code == 0
+    change(tmp_path / 'out' / 'last.pt', config=lambda config: {
+        key: value for key, value in config.items() if key not in ('block_size', 'n_embd', 'seed')})
+    done = train(init_from='resume', max_iters=2, block_size=32)
+    assert done.code == 0 and 'block_size stays 16' in done.out
+    assert done.globals['run'].tokens == 2 * 4 * 16 and done.globals['s'].n_embd == 16
+
 def test_a_run_of_another_kind_and_other_symbols_are_refused(train, tmp_path):
     """Where a config file of another model or task is given, or another vocabulary of its size."""
     needle = dict(task='needle', symbols=3, key_length=2, first=1, longest=2, probe_distance=5)
