@@ -113,7 +113,8 @@ def test_an_error_of_the_one_that_writes_ends_all(data_dir, tmp_path):
 
 @pytest.mark.parametrize('environment, words', [
     (dict(RANK='1'), 'RANK=1'), (dict(LOCAL_RANK='5'), 'LOCAL_RANK=5'),
-    (dict(WORLD_SIZE='x'), 'WORLD_SIZE='), (dict(WORLD_SIZE='2'), 'torchrun'), (dict(WORLD_SIZE=''), '')])
+    (dict(WORLD_SIZE='x'), 'WORLD_SIZE='), (dict(WORLD_SIZE='2'), 'torchrun'),
+    (dict(WORLD_SIZE=''), '')])
 def test_an_environment_that_is_not_torchruns_is_told(monkeypatch, environment, words):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
