@@ -1,4 +1,6 @@
 """The peers: their papers' equations, token by token in numpy, and what holds of every carry."""
+from pathlib import Path
+
 import pytest
 import torch
 from literal import LAYERS, Literal
@@ -8,7 +10,9 @@ from lib.contract import adamw, blank_carry, count_parameters, make_model, unit
 from lib.gradients import backpropagate
 from lib.rows import Rows, rowwise
 from lib.streaming import empty_state, new_state, read_
+from model import GPTConfig
 from models import MODELS
+from models.deltanet import GatedDeltaRule
 
 l = SEGMENT
 TURNED = dict(position='rotary', rotary_base=50.0)
@@ -98,6 +102,23 @@ def test_rows_never_influence_each_other(case):
     for row in (slice(b, b + 1) for b in range(3)):
         alone, _, after = model(idx[row], idx[row], rowwise(lambda x: x[row], carry))
         assert_equal((alone, after), (logits[row], rowwise(lambda x: x[row], last)))
+
+def test_gated_delta_rule_of_another_library():
+    """A layer of transformers 5.24.0, Qwen3-Next's, in float32, with an eps D times as small, as
+    it divides queries by sqrt(D) before the norm."""
+    golden = torch.load(Path(__file__).parent / 'golden' / 'deltanet_transformers.pt')
+    w, H, C = golden['weights'], golden['heads'], golden['x'].size(-1)
+    qkvz, ba = w['in_proj_qkvz.weight'].view(H, 4, -1, C), w['in_proj_ba.weight'].view(H, 2, C)
+    rule = GatedDeltaRule(GPTConfig(n_embd=C, n_head=H, bias=False, position='none'))
+    rule.load_state_dict({
+        'c_attn.weight': qkvz[:, :3].transpose(0, 1).reshape(3 * C, C),
+        'gate.weight': qkvz[:, 3].reshape(C, C), 'norm.weight': w['norm.weight'],
+        'rates.weight': ba.flip(1).transpose(0, 1).reshape(2 * H, C), 'A': w['A_log'],
+        'b': w['dt_bias'], 'conv': w['conv1d.weight'].view(1, 3 * C, 4),
+        'c_proj.weight': w['out_proj.weight']})
+    y, memory = rule(golden['x'][:, :40])
+    y = torch.cat((y, rule(golden['x'][:, 40:], memory)[0]), dim=1)
+    torch.testing.assert_close(y, golden['y'], rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('kind, keys, nbytes', [
     ('gpt', dict(window=12), 49_152), ('transformer_xl', {}, 24_576), ('rmt', {}, 2_048),
