@@ -2,7 +2,7 @@
 
 Each is a block of a page. Its marker says what it shows; what follows up to the end is generated:
 
-    <!-- table needle/fold_*.json; compare_bpe.json/parts
+    <!-- table needle/fold_*.json; compare_shakespeare.json/parts
     where = {what} == recall
     seed = {settings/seed}
     @ 12 48 = {curves/recall/@/right} of {curves/recall/@/n} || not measured
