@@ -26,7 +26,7 @@ from lib.contract import adamw, flops_per_token, make_model, unit
 from lib.files import RECORD, check_place
 from lib.gradients import backpropagate
 from lib.graphs import Graphs
-from lib.records import ROOT, make_record, metric, place, save_record
+from lib.records import ROOT, make_record, metric, result_path, save_record
 from lib.streaming import new_state, read, read_, sample_token, stream
 
 parts = 'generation'  # what is measured: generation, speed, memory; a record each
@@ -157,9 +157,9 @@ def make_updates(side, size, T, s, tried=1):
     tried: rows on which kernels are tried out."""
     torch.manual_seed(s.seed)
     model, way = make_side(side, size, T, s)
-    half = machine.takes_bfloat16('auto', s.device)
+    use_bfloat16 = machine.takes_bfloat16('auto', s.device)
     compile = machine.choose_compile(s.compile, s.device, machine.LONG)
-    with torch.autocast(s.device.split(':')[0], torch.bfloat16, half) as autocast:
+    with torch.autocast(s.device.split(':')[0], torch.bfloat16, use_bfloat16) as autocast:
         compile = machine.compile_blocks(model.to(s.device), compile, s.device, tried)
     graphs = Graphs() if compile == 'graph' else None
     optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99), s.device)
@@ -278,7 +278,7 @@ def main(s):
         for job in product(s.sides.split(','), s.sizes.split(','), lengths):
             make_side(*job, s)
     for part in s.parts.split(','):
-        check_place(place(f'{part}{s.label}.json', s.record), RECORD)
+        check_place(result_path(f'{part}{s.label}.json', s.record), RECORD)
     device, cores = processes.join(machine.pick_device(s.device)), torch.get_num_threads()
     s = s.replace(device=device)
     machine.choose_compile(s.compile, s.device, machine.LONG)  # refuses what cannot be
@@ -286,7 +286,7 @@ def main(s):
         if part != 'generation' and s.device == 'cpu':
             s = s.replace(products=machine.choose_products(s.products))
         machine.set_threads(s.threads or (1 if part == 'generation' else cores))
-        path = place(f'{part}{s.label}.json', s.record)
+        path = result_path(f'{part}{s.label}.json', s.record)
         for metrics, curves, notes in PARTS[part](s):
             result = make_record(part, {**s.as_dict(), 'processes': processes.WORLD}, [s.seed],
                                  metrics, curves, notes, device=s.device)

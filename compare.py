@@ -27,7 +27,7 @@ from lib.console import Progress, count, require, say
 from lib.device import choose_compile, pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
-from lib.records import ROOT, load_record, place, save_record
+from lib.records import ROOT, load_record, result_path, save_record
 from tasks import find_task
 
 comparison = ''      # the file that lists the runs, such as config/compare_shakespeare.py
@@ -289,14 +289,14 @@ def main(s):
     if s.seeds:
         c['seeds'] = numbers('seeds', s.seeds)
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
-    folder = s.out_dir or place(name, False)
+    folder = s.out_dir or result_path(name, False)
     if not s.only_report:
         own_folder(folder)
     for file, mark in (('comparison.json', RECORD), ('report.md', b'# Side by side'),
                        ('loss.png', PICTURE), ('context.png', PICTURE), ('recall.png', PICTURE)):
         check_place(os.path.join(folder, file), mark)
     if s.record:
-        check_place(place(f'{name}.json', True), RECORD)
+        check_place(result_path(f'{name}.json', True), RECORD)
     needed = c['budgets'] and not s.quick
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
@@ -313,7 +313,7 @@ def main(s):
     say(f'written to {os.path.relpath(folder)}{os.sep}: report.md, comparison.json and pictures')
     require(not failed, f'{len(failed)} of {len(wanted)} runs are not complete')
     if s.record:
-        save_record(place(f'{name}.json', True), result)
+        save_record(result_path(f'{name}.json', True), result)
 
 if __name__ == '__main__':
     main(configure(globals(), positional='comparison'))

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 # On a CPU, torch's fused attention is used from so many keys on, on a GPU always: attend() has both
 # ways, and what is changed in one of them is to be changed in the other.
-FUSED_FROM = 65
+FUSED_FROM = 129
 
 def one_of(config, **choices):
     for key, known in choices.items():
@@ -56,9 +56,10 @@ class GPTConfig:
         if self.position == 'rotary' and (self.n_embd // self.n_head % 2 or self.rotary_base <= 1):
             raise ValueError("position='rotary' takes heads of an even size, n_embd / n_head, and "
                              'a rotary_base above 1')
-        if self.window and self.block_size % self.window:
-            raise ValueError(f'block_size={self.block_size} must be a multiple of '
-                             f'window={self.window}')
+        for key in ('window', 'segment_size'):  # the latter where a class below has it
+            size = getattr(self, key, 0)
+            if size and self.block_size % size:
+                raise ValueError(f'block_size={self.block_size} must be a multiple of {key}={size}')
 
 @dataclass
 class FoldConfig(GPTConfig):
@@ -78,9 +79,6 @@ class FoldConfig(GPTConfig):
         self.n_layer = self.n_local + self.n_global
         one_of(self, local=('segment', 'sliding'), carry=('plain', 'gated'),
                past=('evolving', 'frozen', 'local', 'none'))
-        if self.block_size % self.segment_size:
-            raise ValueError(f'block_size={self.block_size} must be a multiple of '
-                             f'segment_size={self.segment_size}')
         if self.window:
             raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
         if self.carry == 'gated' and not self.recurrent:
@@ -116,7 +114,8 @@ class CausalSelfAttention(nn.Module):
         if self.window and cache is None:
             y = self.slide(qkv[:, 0], *seen.unbind(1))
         else:
-            n, S = seen.size(3), seen.size(3) if cache is None else cache.size(3)
+            n = seen.size(3)  # keys to be turned, P + T
+            S = n if cache is None else cache.size(3)  # keys that are attended to
             if before is None:
                 q, k = self.turn(qkv[:, :2], S - T).unbind(1)
             else:
@@ -189,22 +188,23 @@ class GatedAttention(CausalSelfAttention):
         if n <= 0:  # nothing is past
             return both
         alone = super().attend(q[:, :, -n:], k[:, :, l:], v[:, :, l:])
-        g = 16 * self.past_gate.view(self.n_head, 1, -1)  # which opens in few updates of low rates
+        g = 16 * self.past_gate.view(self.n_head, 1, -1)  # 16 times: it opens in few updates
         return torch.cat((both[:, :, :-n], alone + g * (both[:, :, -n:] - alone)), dim=2)
 
-def once(make):
-    """make, computed once for the same arguments; to a compiler, a constant (lib/device.py)."""
+def cached(make):
+    """make, with its results kept by their arguments; torch.compile takes them for constants, as
+    lib/device.py tells it."""
     kept = lru_cache(torch.inference_mode(False)(make))  # which serves training, too
     return lambda *args: kept(*args)
 
-@once
+@cached
 def band(n, S, window, dtype, device):
     """0 where a query sees a key, else -inf: n queries, the last at the last of S keys, (n, S)."""
     back = torch.arange(S - n, S)[:, None] - torch.arange(S)  # from the query to the key
     unseen = (back < 0) | (back >= window)
     return torch.zeros(n, S, dtype=dtype).masked_fill(unseen, -math.inf).to(device)
 
-@once
+@cached
 def rotary(places, D, base, dtype, device):
     """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) for
     heads of D channels, of which i and i + D/2 are turned together: (2, places, D)."""
@@ -276,14 +276,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.unit = config.window or 1  # tokens of a recurrence step
-        blocks, places = self.layout(config)
-        learned = config.position == 'learned'
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **(dict(wpe=nn.Embedding(places, config.n_embd)) if learned else {}),
-            h=nn.ModuleList(blocks),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        segment = getattr(config, 'segment_size', 0)  # of a fold, and of some of models/
+        self.unit = segment or config.window or 1  # tokens of a recurrence step
+        places = segment or config.window or config.block_size  # that a learned position tells
+        blocks = self.layout(config)
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == 'learned':
+            self.transformer['wpe'] = nn.Embedding(places, config.n_embd)
+        self.transformer['h'] = nn.ModuleList(blocks)
+        self.transformer['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, p in self.named_parameters():
@@ -294,9 +295,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def layout(self, config):
-        """The blocks, and the number of places that have a position embedding, if it is learned."""
-        blocks = [Block(config, config.window) for _ in range(config.n_layer)]
-        return blocks, config.window or config.block_size
+        """The blocks, from the first to the last."""
+        return [Block(config, config.window) for _ in range(config.n_layer)]
 
     def forward(self, idx, targets=None, carry=None):
         """idx, targets (B, T) -> logits (B, T, V) of the next tokens, mean loss in nats, carry.
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             raise ValueError(f'block_size={most}: the model cannot read {T} tokens at once')
         if carry is not None and carry.shape[4:5] != (window,):
             raise ValueError(f'the carry is not of a whole segment of {window} tokens')
-        x, carry = self.through(self.transformer.h, self.embed(idx), carry)
+        x, carry = self.run_blocks(self.transformer.h, self.embed(idx), carry)
         return *self.head(x, targets), carry
 
     def embed(self, idx, place=0):
@@ -323,15 +323,17 @@ class GPT(nn.Module):
             x = x + wpe[place:end]
         return torch.dropout(x, self.config.dropout, self.training)
 
-    def through(self, blocks, x, kept=None, cache=None):
+    def run_blocks(self, blocks, x, kept=None, cache=None):
         """x (B, T, C) -> (B, T, C) after the blocks, and, if their window slides, their keys and
         values of the last segment, (B, n, 2, H, l, C/H); kept: those of the segment before x."""
         new, window = [], blocks[0].attn.window if blocks else 0
         for i, block in enumerate(blocks):
             before = None if kept is None else kept[:, i]
             x, own = block(x, before, None if cache is None else cache[:, i])
-            new += [own[:, :, :, (x.size(1) - 1) // window * window:]] if window else []
-        return x, torch.stack(new, dim=1) if window else None
+            if window:
+                last = (x.size(1) - 1) // window * window  # where the last segment begins
+                new.append(own[:, :, :, last:])
+        return x, torch.stack(new, dim=1) if new else None
 
     def head(self, x, targets=None):
         """Final layer norm, output matrix, cross entropy (eq. 15): x (B, T, C) -> logits, loss."""
@@ -353,16 +355,16 @@ class GPT(nn.Module):
         """The next tokens of a window or open segment, idx (B, n) from `place` on, through the
         cache, which is filled in: logits (B, V) of the token that follows, and the carry, in place.
         first: no segment is before."""
-        x = self.onward(self.transformer.h, self.embed(idx, place), place, carry, cache, first)
+        x = self.run_cached(self.transformer.h, self.embed(idx, place), place, carry, cache, first)
         return self.head(x)[0][:, -1], carry
 
-    def onward(self, blocks, x, place, kept, cache, first):
-        """through() for the next tokens of an open segment; kept and the cache change in place."""
+    def run_cached(self, blocks, x, place, kept, cache, first):
+        """run_blocks() of the next tokens of an open segment; kept and cache change in place."""
         end = place + x.size(1)
         if kept is None:
-            return self.through(blocks, x, cache=cache[..., :end, :])[0]
+            return self.run_blocks(blocks, x, cache=cache[..., :end, :])[0]
         l, before = kept.size(4), None if first or place else kept
-        x, new = self.through(blocks, x, before, cache[..., l if first else 0:l + end, :])
+        x, new = self.run_blocks(blocks, x, before, cache[..., l if first else 0:l + end, :])
         kept[..., place:end, :] = new
         return x
 
@@ -371,7 +373,6 @@ class FoldGPT(GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        self.unit = config.segment_size
         self.slides = config.local == 'sliding' and config.n_local > 0
         if config.carry == 'gated':
             self.carry_gate = nn.Linear(2 * config.n_embd, config.n_embd)
@@ -380,12 +381,12 @@ class FoldGPT(GPT):
     def layout(self, config):
         window = config.segment_size if config.local == 'sliding' else 0
         local = [LocalBlock(config, window) for _ in range(config.n_local)]
-        return local + [GlobalBlock(config) for _ in range(config.n_global)], config.segment_size
+        return local + [GlobalBlock(config) for _ in range(config.n_global)]
 
     def forward(self, idx, targets=None, carry=None):
         """As GPT's, for any T >= 1 from the start of a segment on; the last segment may be short.
         The carry (B, l, C) is what the call on the tokens before returned, X^s_{N,N} of its last
-        segment, with what through() keeps if local layers slide: (carry, kept); None starts a
+        segment, with what run_blocks() keeps if local layers slide: (carry, kept); None starts a
         sequence. Raises ValueError if it is not of a whole segment."""
         carry, kept = carry if isinstance(carry, tuple) else (carry, None)
         shape = len(idx), self.config.segment_size, self.config.n_embd
@@ -401,17 +402,17 @@ class FoldGPT(GPT):
         """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
         x, blocks = self.embed(idx), list(self.transformer.h)[:self.config.n_local]
         if self.slides:
-            return self.through(blocks, x, kept)
+            return self.run_blocks(blocks, x, kept)
         (B, T, C), l = x.shape, self.config.segment_size
         segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
-        x, _ = self.through(blocks, segments)  # eq. 16
+        x, _ = self.run_blocks(blocks, segments)  # eq. 16
         return x.view(B, -1, C)[:, :T], None
 
     def fold(self, x, carry):
         """The segment-carry loop: X^s_{N,0} -> X^s_{N,N} for all s (B, T, C), and the carry."""
         segments, outputs = x.split(self.config.segment_size, dim=1), []
         if not self.config.recurrent:
-            return self.at_once(x, carry), segments[-1].clone()  # which does not keep all of x
+            return self.at_once(x, carry), segments[-1].clone()  # a view would keep all of x
         for x_s in segments:  # s = 1, ..., N_s
             carry = self.carried(carry, self.globally(carry, x_s))
             outputs.append(carry)
@@ -430,9 +431,10 @@ class FoldGPT(GPT):
     def globally(self, past, current, caches=None):
         """The global transformer: X^{s-1}_{N,N} (B, l, C), X^s_{N,0} (B, n, C) -> X^s_{N,N}."""
         past = None if self.config.past == 'none' else past
-        for i, block in enumerate(list(self.transformer.h)[self.config.n_local:], 1):
-            frozen = self.config.past != 'evolving' or i == self.config.n_global  # read no further
-            cache = None if caches is None else caches[:, i - 1]
+        blocks = list(self.transformer.h)[self.config.n_local:]
+        for i, block in enumerate(blocks):
+            frozen = self.config.past != 'evolving' or block is blocks[-1]  # read no further
+            cache = None if caches is None else caches[:, i]
             past, current = block(past, current, cache, frozen)  # eq. 13 and 17
         return current
 
@@ -453,12 +455,12 @@ class FoldGPT(GPT):
         return local, self.new_caches(B, c.n_global, 2 * l)
 
     def extend(self, idx, place, carry, cache, first):
-        """As GPT's, of an open segment: the carry is the one of this segment up to the last token,
-        and of the segment before beyond."""
+        """As GPT's. In the carry, places up to the last token read hold this segment's output; the
+        others still hold that of the segment before."""
         old, kept = carry if isinstance(carry, tuple) else (carry, None)
         l, end = self.config.segment_size, place + idx.size(1)
         blocks = list(self.transformer.h)[:self.config.n_local]
-        x = self.onward(blocks, self.embed(idx, place), place, kept, cache[0], first)
+        x = self.run_cached(blocks, self.embed(idx, place), place, kept, cache[0], first)
         past = None if first or place else old
         begin = l if first or self.config.past == 'none' else 0
         output = self.globally(past, x, cache[1][..., begin:l + end, :])

@@ -11,7 +11,6 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import time
 import zlib
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from configurator import configure
 from lib.console import Progress, require, say
-from lib.files import check_kind
+from lib.files import check_kind, fetch
 
 dataset = ''        # name: shakespeare, python, python_mixed (its files in random order, so that
                     # the validation text is of the same kind), or one of your choice with --file
@@ -103,9 +102,11 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     given = file
     if dataset == 'shakespeare' and not file:
         file = os.path.join(data_dir, 'shakespeare.txt')
-        if not os.path.exists(file):
-            say(f'downloading {SHAKESPEARE_URL}')
-            _write(data_dir, {'shakespeare.txt': _download()})
+        try:
+            fetch(SHAKESPEARE_URL, file, 1, SHAKESPEARE_SHA256)
+        except SystemExit as error:
+            raise DownloadError(f'{error}, give a local copy with --file=PATH, or use what needs '
+                                'no network: python prepare.py python') from None
     name = os.path.basename(file) or f'Python {sys.version.split()[0]}'
     text = read_text(file, mixed=dataset == 'python_mixed')
     require(text, f'{name} is empty: use a longer text')
@@ -140,14 +141,10 @@ def load_meta(folder):
         known = vocab_size_of(meta['tokenizer'])
         require(meta['vocab_size'] == known and len(meta['sha256']) == 64,
                 f'{path} is damaged: {again}')
-        for part in ('train', 'val'):
-            path = os.path.join(folder, f'{part}.bin')
-            content = Path(path).read_bytes()
-            expected = 2 * meta[f'n_{part}'], meta['files'][f'{part}.bin']
-            require((len(content), _sha256(content)) == expected,
+        for part in ('train.bin', 'val.bin'):
+            path = os.path.join(folder, part)
+            require(_sha256(Path(path).read_bytes()) == meta['files'][part],
                     f'{path} is damaged (not as meta.json has it): {again}')
-            require(np.frombuffer(content, '<u2').max() < meta['vocab_size'],
-                    f'{path} has ids beyond the vocabulary of meta.json: {again}')
     except Exception as error:  # from a missing file to a list in the place of a dict
         raise SystemExit(f'error: {path} is missing, damaged or of an older version '
                          f'({_reason(error)}): {again}') from None
@@ -225,24 +222,9 @@ def _python_text(mixed=False):
     # sys.stdlib_module_names leaves out tests, build settings and what a distributor has added
     texts += [path.read_bytes() for path in sorted(library.glob('*.py'))
               if path.stem in sys.stdlib_module_names]
-    random.Random(1337).shuffle(texts) if mixed else None
+    if mixed:
+        random.Random(1337).shuffle(texts)
     return b'\n'.join(texts).translate(None, UNPRINTABLE)
-
-def _download():
-    """Return tiny Shakespeare. Raises DownloadError after the last try."""
-    for pause in (0, 1, 3):  # seconds before each try
-        time.sleep(pause)
-        try:
-            import requests
-            answer = requests.get(SHAKESPEARE_URL, timeout=(10, 30))  # to connect, to go on
-            answer.raise_for_status()
-            if _sha256(answer.content) == SHAKESPEARE_SHA256:
-                return answer.content
-            reason = 'not the expected text, by its SHA-256'
-        except Exception as error:  # from a missing package to a proxy's broken answer
-            reason = _reason(error)
-    raise DownloadError(f'error: cannot download {SHAKESPEARE_URL} ({reason}): give a local copy '
-                        'with --file=PATH, or use what needs no network: python prepare.py python')
 
 def _write(folder, files):
     """Write {name: bytes} into a folder; what was there stays until all of it is written."""

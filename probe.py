@@ -22,16 +22,15 @@ from lib.contract import count_parameters
 from lib.device import set_up
 from lib.files import PICTURE, RECORD, check_place
 from lib.pictures import curves
-from lib.records import make_record, metric, place, save_record
+from lib.records import make_record, metric, result_path, save_record
 from lib.streaming import check_reading
 from tasks import find_task
 
 # run
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
-init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights:
-                    # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
-                    # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names; with --file, and the
-                    # result goes into out_dir, or out/NAME
+init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights,
+                    # such as 'gpt2', as train.py takes them; with --file, and the result goes into
+                    # out_dir, or out/NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap
@@ -63,24 +62,25 @@ def main(p):
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path)
-    task = find_task(saved['task'], 'probe')
+    task, config = find_task(saved['task'], 'probe'), saved.get('config', {})
     needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
-    missing = [key for key in needed
-               if key not in saved.get('config', {}) and saved['task'] != 'text']
+    missing = [key for key in needed if key not in config and saved['task'] != 'text']
     require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
-    merge(saved.get('config', {}), Settings(needed))  # refuses values of other kinds
+    merge(config, Settings(needed))  # refuses values of other kinds
     require(not p.file or saved['task'] == 'text' or saved.get('tokenizer'), f'{path} knows no '
             f'text: file is for models of text, and for needles trained with --filler=text')
-    config, folder = saved.get('config', {}), os.path.dirname(path)
     model = ckpt.load_model(saved, device=device).eval()
     check_reading(model)
-    name, data = os.path.basename(folder), saved.get('data') or {}
+    folder, data = os.path.dirname(path), saved.get('data', {})
+    name = os.path.basename(folder)
     if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
-        folder = p.init_from and p.out_dir or place(name, False)
+        folder = p.init_from and p.out_dir or result_path(name, False)
         os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
-    target = place(f'{kind}/{name}.json', True) if p.record else os.path.join(folder, 'probe.json')
+    target = os.path.join(folder, 'probe.json')
+    if p.record:
+        target = result_path(f'{kind}/{name}.json', True)
     check_place(target, RECORD)
     for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
         check_place(os.path.join(folder, picture), PICTURE)

@@ -16,6 +16,7 @@ import shlex
 import signal
 import statistics
 import time
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -102,11 +103,13 @@ FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'segm
          'symbols', 'key_length', 'names', 'cups', 'every', 'lengths', 'vocabulary')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
+load_to_resume = cache(ckpt.load_to_resume)  # which parts() and the set-up both ask for
+
 def parts(known):
     """Whose settings are keys as well: the task, and the config of the model; a resumed run's."""
     task, model_type = known.task, known.model_type
     if known.init_from == 'resume':
-        saved = ckpt.load_to_resume(os.path.join(ROOT, known.out_dir))['config']
+        saved = load_to_resume(os.path.join(ROOT, known.out_dir))['config']
         task, model_type = saved['task'], saved['model_type']
         for key in {'task', 'model_type'} & known.given:
             require(getattr(known, key) == saved[key], f'{known.out_dir} holds a run of {key} '
@@ -175,9 +178,6 @@ def write_log(**record):
 def keep_of_log(record):
     """Whether a record of the log is from before the point where the run goes on; what is written
     again goes, a finished run's last evaluation too."""
-    for key in {'loss', 'val_loss', 'tokens', 'tokens_per_s'} & record.keys():
-        if not isinstance(record[key], (int, float)):
-            return False  # not of ours
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
     return record.get('iter', math.inf) + again <= run.done
 
@@ -205,7 +205,7 @@ def save(is_best=False):
         'optimizer': optimizer.state_dict(), 'iter_num': run.done, 'best_val_loss': run.best,
         'run': vars(run), 'rng': rng, 'task': s.task, 'task_state': job.state(),
         'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data, 'provenance': made_by}
-    for path in [best_path] * is_best + [last_path]:
+    for path in [best_path, last_path] if is_best else [last_path]:
         from_writer(lambda: ckpt.save(path, checkpoint))
 
 def log_line(loss):
@@ -252,7 +252,7 @@ def write_record():
 s, notes, checkpoint = configure(globals(), parts=parts), [], None
 out_dir = os.path.join(ROOT, s.out_dir)
 if s.init_from == 'resume':
-    checkpoint = ckpt.load_to_resume(out_dir)
+    checkpoint = load_to_resume(out_dir)
     s, notes = merge(checkpoint['config'], s, {*FIXED, *checkpoint['model_args']}, HERE)
 elif s.init_from != 'scratch':
     checkpoint = ckpt.load(ckpt.find_file(s.init_from))
@@ -261,13 +261,13 @@ best_path, last_path, log_path = (os.path.join(out_dir, name)
 check(s)
 machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
-half = machine.takes_bfloat16(s.dtype, device)
-autocast = torch.autocast(device.split(':')[0], torch.bfloat16, half)
+use_bfloat16 = machine.takes_bfloat16(s.dtype, device)
+autocast = torch.autocast(device.split(':')[0], torch.bfloat16, use_bfloat16)
 compile = machine.choose_compile(s.compile, device, s.max_iters)
 stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
-alike = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
-require(all(other == alike for other in processes.from_all(alike)), 'the processes have different '
-        'settings or checkpoints: give all the same command, and every machine the same file')
+shared = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
+require(all(other == shared for other in processes.from_all(shared)), 'the processes have '
+        'different settings or checkpoints: give all the same command, every machine the same file')
 from_writer(lambda: open_folder(s))
 if device == 'cpu':  # what was chosen is kept: a resumed run computes as before
     s = s.replace(products=machine.choose_products(s.products), threads=torch.get_num_threads())
@@ -357,7 +357,7 @@ from_writer(lambda: ckpt.open_run(out_dir, s.init_from == 'resume' and keep_of_l
 say(f"{s.model_type} with {count_parameters(model):,} parameters on {device} "
     f"({made_by['hardware']}), {f'{WORLD} processes, ' if WORLD > 1 else ''}"
     f"{count(torch.get_num_threads(), 'thread')}, compiled: {compile}, "
-    f"{'bfloat16' if half else 'float32'}")
+    f"{'bfloat16' if use_bfloat16 else 'float32'}")
 
 # --- train ----------------------------------------------------------------------------------------
 model.train()

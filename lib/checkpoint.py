@@ -20,7 +20,7 @@ import torch
 from lib import pretrained
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import PICTURE, RECORD, check_kind, is_file, write_file
+from lib.files import PICTURE, RECORD, check_kind, is_file, is_temporary, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
@@ -37,7 +37,7 @@ RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': b
 START = b'{"event": "start"'  # of a log
 # names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
-OWN = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
+RUN_FILES = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
        'probe.json': RECORD, 'probe.png': PICTURE}  # of a run
 WAY_ON = '--init_from={} --out_dir=... starts from its weights, with the same sizes'
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
@@ -179,8 +179,8 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     return model.to(device)
 
 def newest_run(task=None):
-    """The newest run under out/, of that task if one is named, that can be used; why another is
-    not, a line says. Raises SystemExit if there is none."""
+    """The newest usable run under out/, of the given task if any. Each one passed over is named on
+    standard error, with the reason. Raises SystemExit if there is none."""
     found = []
     for folder in [os.path.join(ROOT, 'out'), *glob.glob(os.path.join(ROOT, 'out', '*', ''))]:
         paths = [os.path.join(folder, name) for name in FILES]
@@ -226,7 +226,7 @@ def load_state(path, model, generator=None):
         state = Rows(**content['state'])
         for name, value in vars(new_state(model, len(state))).items():
             found = getattr(state, name)
-            if rowwise(look, found) != rowwise(look, value):
+            if rowwise(shape_kind_finite, found) != rowwise(shape_kind_finite, value):
                 raise ValueError
             setattr(state, name, rowwise(lambda x, y: x.to(y.device), found, value))
         unknown = rowwise(lambda x: x.min() < 0 or x.max() >= model.config.vocab_size, state.tokens)
@@ -239,13 +239,13 @@ def load_state(path, model, generator=None):
                          f'state, or not finite') from None
     return state
 
-def look(x):
+def shape_kind_finite(x):
     """What a tensor of a state has in common with that of any other state of its model."""
     return x.shape, x.dtype, bool(x.isfinite().all())
 
 def check_run(folder, resumes):
     """Raise SystemExit if a file that a run writes is there, and of another program."""
-    for name, mark in {**OWN, 'log.jsonl': b'' if resumes else START}.items():
+    for name, mark in {**RUN_FILES, 'log.jsonl': b'' if resumes else START}.items():
         check_kind(os.path.join(folder, name), mark)
 
 def open_run(folder, keep, start):
@@ -253,7 +253,7 @@ def open_run(folder, keep, start):
     says so, and the record `start` follows; without keep a run starts anew, and the files of
     another go, but last.pt, which is the new one's."""
     path, lines = os.path.join(folder, 'log.jsonl'), []
-    gone = () if keep else {*OWN} - {'last.pt'}
+    gone = () if keep else {*RUN_FILES} - {'last.pt'}
     for name in os.listdir(folder):
         if name in gone or is_temporary(name):  # left by a process that was killed
             os.remove(os.path.join(folder, name))
@@ -261,10 +261,6 @@ def open_run(folder, keep, start):
         with open(path, 'rb') as f:
             lines = [line for line in f if is_kept(line, keep)]
     write_file(path, lambda f: f.writelines([*lines, f'{json.dumps(start)}\n'.encode()]))
-
-def is_temporary(name):
-    """Whether a file has a name that write_file gives while it writes."""
-    return re.fullmatch(r'\..+\.\d+\.tmp', name)
 
 def is_kept(line, keep):
     """Whether a line of a log is whole, and its record one of which keep(record) says so."""

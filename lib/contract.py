@@ -34,7 +34,7 @@ def border(model):
     return getattr(model.config, 'border', -1)
 
 @torch.no_grad()
-def tried(model, B, targets=False):
+def output_for_zeros(model, B, targets=False):
     """What a model returns for B rows of a recurrence step."""
     was_training, device = model.training, next(model.parameters()).device
     idx = torch.zeros(B, unit(model), dtype=torch.int64, device=device)
@@ -45,7 +45,7 @@ def tried(model, B, targets=False):
 def check_contract(model):
     """Raises SystemExit for a model whose forward() does not return what the contract says."""
     for B, targets in ((2, False), (3, False), (2, True)):
-        found, fine, T = tried(model, B, targets), False, unit(model) if targets else 1
+        found, fine, T = output_for_zeros(model, B, targets), False, unit(model) if targets else 1
         with suppress(AttributeError, TypeError, ValueError):  # of other kinds than are expected
             logits, loss, carry = found
             rows = rowwise(lambda part: part.shape[0], carry)
@@ -57,7 +57,7 @@ def check_contract(model):
 
 def blank_carry(model, B=1):
     """Zeros of the shape of the carry of B rows; None if the model has no carry."""
-    return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), tried(model, 1)[2])
+    return rowwise(lambda x: x.new_zeros(B, *x.shape[1:]), output_for_zeros(model, 1)[2])
 
 def carries(model):
     """Whether a model has a carry, so that its context goes beyond what it reads at once."""
@@ -81,13 +81,12 @@ def make_model(model_type, sizes, copies=1):
     unknown type, for sizes that no model can have, or for too little memory."""
     config_class, model_class = find_model(model_type)
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
-    for field in fields(config_class):
-        least = {'n_local': 0, 'window': 0, 'border': -1}.get(field.name, 1)
-        value = given.get(field.name, least)
-        require(field.type is not int or value >= least,
-                f'{field.name} must be at least {least}, not {value}')
-        most = 1000 if field.name in ('n_layer', 'n_local', 'n_global') else 2 ** 48
-        require(field.type is not int or value <= most, f'{field.name}={value} is too large')
+    for name in [field.name for field in fields(config_class) if field.type is int]:
+        least = {'n_local': 0, 'window': 0, 'border': -1}.get(name, 1)
+        most = 1000 if name in ('n_layer', 'n_local', 'n_global') else 2 ** 48
+        value = given.get(name, least)
+        require(value >= least, f'{name} must be at least {least}, not {value}')
+        require(value <= most, f'{name}={value} is too large')
     dropout = given.get('dropout', 0)
     require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:

@@ -1,9 +1,12 @@
 """The machine: which device computes, what multiplies on a CPU, what is compiled, and threads."""
 import os
 import platform
+import re
 import statistics
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -23,7 +26,6 @@ def pick_device(device='auto'):
         if torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
-    device = 'cpu' if device == 'cpu:0' else device
     try:
         known = device == 'cpu' or device.split(':')[0] in ('cuda', 'mps')
         if not known or device == 'cuda' and not torch.cuda.is_available():
@@ -37,14 +39,13 @@ def pick_device(device='auto'):
                          f'one that is') from None
     return device
 
-def usable_cores(quota='/sys/fs/cgroup/cpu.max'):
+def usable_cores():
     """CPU cores that this process may use: an affinity mask and a cgroup's quota count."""
     affinity = hasattr(os, 'sched_getaffinity')
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-    if os.path.exists(quota):
-        with open(quota) as f:
-            limit, period = f.read().split()
-        cores = cores if limit == 'max' else min(cores, max(1, round(int(limit) / int(period))))
+    with suppress(OSError, ValueError):  # no such file, or 'max', which is no limit
+        limit, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
+        cores = min(cores, max(1, round(limit / period)))
     return cores
 
 def idle_cores(load='/proc/loadavg'):
@@ -168,8 +169,6 @@ def peak_mb(device):
     the system does not tell."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_reserved() / 1e6
-    if os.path.exists('/proc/self/status'):
-        with open('/proc/self/status') as f:
-            return next((int(line.split()[1]) * 1024 / 1e6 for line in f
-                         if line.startswith('VmHWM')), None)
-    return None
+    with suppress(OSError, TypeError):  # no such file, or no such line
+        status = Path('/proc/self/status').read_text()
+        return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) * 1024 / 1e6

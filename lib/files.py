@@ -2,6 +2,7 @@
 lives."""
 import hashlib
 import os
+import re
 import stat
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None
 
-PAUSES, TIMEOUT = (0, 1, 3, 9), (10, 30)  # seconds before each try; to connect, to go on
+PAUSES, TIMEOUT = (0, 1, 3), (10, 30)  # seconds before each try; to connect, to go on
 RECORD, PICTURE = b'"what": "', b'tEXtSource'  # what these files of ours hold near their start
 locks = {}  # path of a folder: an open file in it, whose lock ends with this process
 
@@ -45,13 +46,18 @@ def temporary_name(path):
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
 
+def is_temporary(name):
+    """Whether this is a name that temporary_name() gives."""
+    return re.fullmatch(r'\..+\.\d+\.tmp', name)
+
 def is_file(path):
-    """Whether there is a file. Raises OSError where one may not look, which is no answer."""
+    """Whether path is a regular file. A PermissionError is passed on: it does not mean no."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISREG(os.stat(path).st_mode)
 
-def check_kind(path, mark=b''):
-    """Raise SystemExit unless path is free, or of a file of ours, with the mark near its start."""
+def check_kind(path, mark):
+    """Raise SystemExit if what is at path is not of this program: a file without the mark in its
+    first 4 KB, or no file at all."""
     found = None
     if os.path.isfile(path):  # a pipe would wait
         with open(path, 'rb') as f:
@@ -60,7 +66,7 @@ def check_kind(path, mark=b''):
             f'{path} is of another kind, or another program, and is not replaced: rename it, or go '
             f'elsewhere')
 
-def check_place(path, mark=b''):
+def check_place(path, mark):
     """As check_kind; and raise OSError, which is explained at the script's end, if no file can be
     written to path."""
     check_kind(path, mark)
@@ -111,7 +117,7 @@ def fetch(url, path, least, sha256=''):
                 reason = shorten(f'{type(error).__name__}: {error}', 80, placeholder=' ...')
     if reason:
         raise SystemExit(f'error: cannot fetch {url} ({reason}): try again online, or put that '
-                         f'file, fetched elsewhere, into {folder}')
+                         f'file, fetched elsewhere, at {path}')
 
 def receive(url, part, least, sha256):
     """One try to append what is missing. Raises errors of many kinds."""

@@ -42,8 +42,7 @@ def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     handed = () if grad is None else zip(as_tuple(last), as_tuple(grad))
     ends = [(loss, None), *((value, part) for value, part in handed if part is not None)]
     torch.autograd.backward(*zip(*ends))
-    first_grad = rowwise(lambda c: c.grad, carry) if wanted else None
-    return loss.detach(), rowwise(torch.detach, last), first_grad
+    return loss.detach(), rowwise(torch.detach, last), rowwise(lambda c: c.grad, carry)
 
 def as_tuple(carry):
     return carry if isinstance(carry, tuple) else (carry,)

@@ -11,6 +11,7 @@ from lib.contract import carries, unit
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
 from lib.rows import Rows, rowwise
 
+APART = 1_000_003  # between the seeds of processes, and of tests: none draw the same numbers
 PER_READ = 6144  # tokens that are made and read at a time, where a model is measured
 
 class RandomSequences:
@@ -59,8 +60,9 @@ class MemoryTask:
         return f"{1 - figures['val_loss']:.3f} of {self.asked}"
 
     def state(self):
-        own = {'generator': self.sequences.generator.get_state(),
-               'walkers': None if self.walkers is None else vars(self.walkers.to('cpu'))}
+        walkers = None if self.walkers is None else {
+            name: rowwise(torch.Tensor.cpu, value) for name, value in vars(self.walkers).items()}
+        own = {'generator': self.sequences.generator.get_state(), 'walkers': walkers}
         return {'processes': from_all(own), 'shared': self.shared.get_state(),
                 **{key: getattr(self, key) for key in self.KEPT}}
 
@@ -92,7 +94,7 @@ class WalkingTask(MemoryTask):
     KEPT = 'stage', 'recall'
 
     def __init__(self, s, sequences):
-        at_least(s, longest=1, first=1)
+        at_least(s, longest=1, first=1, probe_distance=0)
         require(max(s.grow_at, s.leave) <= 1,
                 f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
         require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
@@ -139,11 +141,11 @@ class WalkingTask(MemoryTask):
         return {'segments': self.stage, 'recall': round(self.recall, 4), 'walkers': len(ages),
                 'mean_age': round(sum(ages) / max(1, len(ages)))}
 
-def interval(right, n, z=1.96):
-    """The 95 % interval of a share, right of n (Wilson)."""
+def share(right, n, z=1.96):
+    """right of n, as a metric or a point has it: the share and its 95 % interval (Wilson)."""
     p, center = right / n, (right + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
+    return {'value': p, 'low': max(0.0, center - half), 'high': min(1.0, center + half), 'n': n}
 
 def measure_distances(p, right_of):
     """Points of a curve, the share of right answers against distance, by the settings distances,
@@ -152,8 +154,7 @@ def measure_distances(p, right_of):
     distances, points = numbers('distances', p.distances), []
     for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
         for d, right in right_of([*some], n).items():
-            low, high = interval(right, n)
-            points.append({'x': d, 'value': right / n, 'low': low, 'high': high, 'n': n,
-                           'right': right})
-            say(f'{d:>9,} tokens: {right / n:.3f} [{low:.3f}, {high:.3f}], {right} of {n} right')
+            points.append({'x': d, **share(right, n), 'right': right})
+            say('{x:>9,} tokens: {value:.3f} [{low:.3f}, {high:.3f}], {right} of {n} right'.format(
+                **points[-1]))
     return points

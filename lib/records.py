@@ -90,9 +90,9 @@ def load_record(path):
     require(is_record(record), f'{path} is no record as lib/records.py has it')
     return record
 
-def place(name, record):
+def result_path(name, in_results):
     """The path of a result, in a folder that is made if it is missing: results/NAME, which the docs
     are made from, or else out/NAME."""
-    path = os.path.join(ROOT, 'results' if record else 'out', name)
+    path = os.path.join(ROOT, 'results' if in_results else 'out', name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return path

@@ -49,8 +49,6 @@ def part(run):
     probed = {'metrics': {}, 'curves': {}}
     if 'probe.json' in run.results:
         probed = load_record(run.folder / 'probe.json')
-    require(type(trained['metrics'].get('loss', {}).get('value')) is float,
-            f'{run.folder}{os.sep}record.json has no loss: delete it')
     saved = load(run.folder / 'last.pt')
     state = new_state(load_model(saved))
     data = saved['data'] or {'dataset': saved['task'], 'sha256': ''}

@@ -48,10 +48,6 @@ class Rows(SimpleNamespace):
         return Rows(**{name: rowwise(lambda *both: torch.cat(both), value, getattr(other, name))
                        for name, value in vars(self).items()})
 
-    def to(self, device):
-        return Rows(**{name: rowwise(lambda x: x.to(device), value)
-                       for name, value in vars(self).items()})
-
     @property
     def nbytes(self):
         sizes = []

@@ -144,8 +144,7 @@ def read_carry(model, idx, state, count):
         return logits[:, -1], whole * u, {'carry': carry}
     n = min(idx.size(1), u - place)
     if state.cache is not None:
-        clone = n > 1  # of what is needed if they fail
-        carry = rowwise(torch.clone, state.carry) if clone else state.carry
+        carry = state.carry if n == 1 else rowwise(torch.clone, state.carry)  # kept if they fail
         logits, carry = model.extend(idx[:, :n], place, carry, state.cache, count < u)
         return logits, n, {'carry': carry}
     state.tokens[:, place:place + n] = idx[:, :n]

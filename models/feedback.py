@@ -39,10 +39,10 @@ class Feedback(Peer):
         C, n, bias = config.n_embd, config.n_layer, config.bias
         self.ln_m, self.w = nn.LayerNorm(C, bias=bias), nn.Parameter(torch.zeros(n + 1))
         self.c_memory = nn.Linear(C, 2 * C, bias=bias)  # W_K, W_V
-        blocks, places = super().layout(config, width=5 * C - C // n)
+        blocks = super().layout(config, width=5 * C - C // n)
         for block in blocks:
             block.attn.c_attn = nn.Linear(C, C, bias=bias)  # W_Q alone
-        return blocks, places
+        return blocks
 
     def step(self, x, carry):
         attn, outputs, tau = self.transformer.h[0].attn, [], self.config.memory

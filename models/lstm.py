@@ -25,7 +25,7 @@ class LSTM(Peer):
         C, n = config.n_embd, config.n_layer
         H = int(C * ((n + 25 / 576) ** 0.5 - 5 / 24))
         lstm = nn.LSTM(C, H, num_layers=2, dropout=config.dropout, batch_first=True)
-        return [lstm, nn.Linear(H, C, bias=False)], 0
+        return [lstm, nn.Linear(H, C, bias=False)]
 
     def step(self, x, carry):
         lstm, output = self.transformer.h

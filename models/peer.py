@@ -21,12 +21,6 @@ class SegmentConfig(PeerConfig):
     block_size: int = 768   # tokens of a training sequence, whole segments
     segment_size: int = 12  # tokens of a segment
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.block_size % self.segment_size:
-            raise ValueError(f'block_size={self.block_size} must be a multiple of '
-                             f'segment_size={self.segment_size}')
-
 @dataclass
 class PlacelessConfig(PeerConfig):
     """Sizes of a model whose recurrence alone tells what came before what: position becomes 'none'.
@@ -47,10 +41,6 @@ class Peer(GPT):
     attention = CausalSelfAttention  # of a layer; as `before` it takes the memory, or None
     at_once = 0
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.unit = getattr(config, 'segment_size', 1)
-
     def layout(self, config, width=0):
         """As GPT's; width: of the MLPs, where they are to make up for what is no GPT's."""
         blocks = [Block(config) for _ in range(config.n_layer)]
@@ -59,7 +49,7 @@ class Peer(GPT):
             if width:
                 block.mlp.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
                 block.mlp.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        return blocks, getattr(config, 'segment_size', 0)
+        return blocks
 
     def forward(self, idx, targets=None, carry=None):
         """As GPT's, for any T >= 1 from where a carry is valid."""

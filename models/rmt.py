@@ -35,5 +35,5 @@ class RMT(Peer):
         """A segment x (B, l, C) and the memory before it, each after the layers."""
         memory = self.first.expand(len(x), -1, -1) if carry is None else carry
         m, window = memory.size(1), torch.cat((memory, x, memory), dim=1)  # (a)
-        window, _ = self.through(self.transformer.h, window)  # (B, m + l + m, C); (b)
+        window, _ = self.run_blocks(self.transformer.h, window)  # (B, m + l + m, C); (b)
         return window[:, m:-m], self.transformer.ln_f(window[:, -m:])  # (c), (d)

@@ -39,4 +39,4 @@ class TransformerXL(Peer):
     """The carry is a segment a layer: n_layer times (B, l, C)."""
 
     def layout(self, config):
-        return [XLBlock(config) for _ in range(config.n_layer)], config.segment_size
+        return [XLBlock(config) for _ in range(config.n_layer)]

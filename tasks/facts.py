@@ -158,5 +158,5 @@ def probe(model, saved, p, device):
     settings distances, sequences, far and far_sequences of p."""
     s, spec = SimpleNamespace(**saved['config']), saved['tokenizer']
     text = read_known(p.file, spec)[0] if p.file else read_split(s, 'val')[0]
-    make = lambda seed, split: Sequences(s, seed, text, spec)  # noqa: E731
-    return track.found(model, make, s.seed, 1 / len(PLACES), p, device)
+    return track.found(model, lambda seed, split: Sequences(s, seed, text, spec), s.seed,
+                       1 / len(PLACES), p, device)

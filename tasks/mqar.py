@@ -13,7 +13,7 @@ import torch
 from configurator import at_least
 from lib.console import require, say
 from lib.gradients import to_device
-from lib.memory import MemoryTask, RandomSequences, interval
+from lib.memory import APART, MemoryTask, RandomSequences, share
 from lib.processes import RANK, WORLD, mean
 from lib.records import metric
 
@@ -70,7 +70,7 @@ class Task(MemoryTask):
         self.lengths = read_lengths(s.lengths)
         require(max(pairs for _, pairs in self.lengths) <= s.vocabulary // 2,
                 f'vocabulary={s.vocabulary} has too few keys for lengths={s.lengths}')
-        super().__init__(s, Sequences(s, s.seed + 1_000_003 * RANK))
+        super().__init__(s, Sequences(s, s.seed + APART * RANK))
         self.asked = f'the values recalled (tokens:pairs {s.lengths})'
 
     def start(self, model, device, autocast):
@@ -98,7 +98,7 @@ class Task(MemoryTask):
 @torch.no_grad()
 def recall_of(model, s, T, pairs, n, device):
     """The share of right answers in n fresh sequences."""
-    sequences = Sequences(s, s.seed + 1_000_003 * (1 + T))
+    sequences = Sequences(s, s.seed + APART * (1 + T))
     some = [ask(model, sequences, len(rows), T, pairs, device)[1]()
             for rows in torch.arange(n).split(50)]
     return torch.cat(some).float().mean().item()
@@ -109,8 +109,7 @@ def probe(model, saved, p, device):
     at_least(p, sequences=1)
     for T, pairs in read_lengths(s.lengths):
         recall, n = recall_of(model, s, T, pairs, p.sequences, device), pairs * p.sequences
-        low, high = interval(round(recall * n), n)
-        points.append({'x': pairs, 'value': recall, 'low': low, 'high': high, 'n': n})
+        points.append({'x': pairs, **share(round(recall * n), n)})
         say(f'{T} tokens, {pairs} pairs: recall {recall:.3f} of {n} answers')
     curve = {'x': 'pairs', 'y': 'values recalled', 'points': points}
     return {'what': 'associative recall', 'metrics': {'chance': metric(2 / s.vocabulary)},

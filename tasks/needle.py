@@ -3,9 +3,7 @@
     filler  MARK 3 1 4 1 5  filler ... filler  ASK 3 1 4 1 5
 
 At ASK and at each digit after it the next digit is to be predicted; an answer counts if all of its
-digits are right. Sequences that answer right walk on: their carry is kept, and the next update
-reads on from it. So the depth that is trained grows as the memory gets better, at the cost of a few
-segments an update.
+digits are right. Sequences that answer right walk on (WalkingTask of lib/memory.py).
 """
 import os
 import time
@@ -18,7 +16,7 @@ from torch.nn.functional import pad
 from configurator import at_least, one_of
 from lib.console import Progress, count, require, say
 from lib.gradients import to_device
-from lib.memory import PER_READ, RandomSequences, WalkingTask, interval, measure_distances
+from lib.memory import APART, PER_READ, RandomSequences, WalkingTask, measure_distances, share
 from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
@@ -112,11 +110,11 @@ class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
 
     def __init__(self, s):
-        at_least(s, symbols=1, key_length=1, probe_distance=0)
+        at_least(s, symbols=1, key_length=1)
         one_of(s, filler=('symbols', 'text'))
         require(s.key_length < s.segment_size, f'key_length={s.key_length}: a key and its question '
                 f'must fit into two segments of {s.segment_size}')
-        super().__init__(s, make_sequences(s, 'train', s.seed + 1_000_003 * RANK))
+        super().__init__(s, make_sequences(s, 'train', s.seed + APART * RANK))
         self.asked = f'the keys recalled after {s.probe_distance} tokens'
         if s.filler == 'text':
             meta = self.sequences.meta
@@ -172,7 +170,7 @@ def recalled(model, s, distances, n, device):
     of the test split, each asked, aside, at all distances, which rise. Their keys start at all
     places of a segment, equally often."""
     right, l, k = dict.fromkeys(distances, 0), s.segment_size, s.key_length
-    test = make_sequences(s, 'val', s.seed + 1_000_003 * (1 + n))
+    test = make_sequences(s, 'val', s.seed + APART * (1 + n))
     ahead, progress = l - 1 + k, Progress('recall', n * distances[-1])  # until all have been asked
     for rows in torch.arange(n).split(50):
         B, lead = len(rows), rows % l
@@ -253,8 +251,7 @@ def find_in_file(model, saved, p, device):
         f'read: {characters:,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
         f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'
         f'answer: {digits[1]}, {right} of {p.keys} right')
-    low, high = interval(right, p.keys)
     return {'what': 'recall in a file', 'curves': {}, 'notes': [], 'metrics': {
-        'recall': metric(right / p.keys, n=p.keys, low=low, high=high),
+        'recall': metric(**share(right, p.keys)),
         'characters': metric(characters), 'read as spaces': metric(replaced),
         'tokens per second': metric(speed), 'state_bytes': metric(state.nbytes // p.keys)}}

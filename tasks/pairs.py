@@ -12,7 +12,7 @@ import torch
 from configurator import at_least
 from lib.console import Progress, require, say
 from lib.gradients import to_device
-from lib.memory import MemoryTask, RandomSequences
+from lib.memory import APART, MemoryTask, RandomSequences
 from lib.processes import RANK, WORLD, mean
 from lib.records import metric
 from lib.rows import Rows, rowwise
@@ -116,7 +116,7 @@ class Task(MemoryTask):
                 f'do not fit into a segment of {s.segment_size}')
         require(s.fresh <= s.batch_size and s.fresh % WORLD == 0, f'fresh={s.fresh} must be at '
                 f'most batch_size={s.batch_size}, and shared equally by {WORLD} processes')
-        super().__init__(s, Sequences(s, s.seed + 1_000_003 * RANK))
+        super().__init__(s, Sequences(s, s.seed + APART * RANK))
         self.fresh, self.asked = s.fresh // WORLD, f'{s.pairs} pairs recalled'
         self.lesson = 1 if s.init_from in ('scratch', 'resume') else 2
 
@@ -187,7 +187,7 @@ def match_names(model, place_scale):
 def recall_of(model, s, n, count, wait, device):
     """Recall of n pairs in fresh sequences, `wait` segments after the last: the share of right
     answers."""
-    right, sequences = 0, Sequences(s, s.seed + 1_000_003 + n)
+    right, sequences = 0, Sequences(s, s.seed + APART + n)
     for some in torch.arange(count).split(50):
         rows = sequences.rows(torch.full_like(some, n))
         read(model, rows, sequences.further(rows, n, 1.0), device)

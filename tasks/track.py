@@ -15,7 +15,7 @@ import torch
 from configurator import at_least
 from lib.console import Progress, require
 from lib.gradients import to_device
-from lib.memory import PER_READ, RandomSequences, WalkingTask, measure_distances
+from lib.memory import APART, PER_READ, RandomSequences, WalkingTask, measure_distances
 from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
@@ -86,9 +86,8 @@ class Task(WalkingTask):
         """make(seed, split) -> sequences as above, of 'train' or 'val'."""
         if make is None:
             at_least(s, cups=2, every=1, symbols=1, segment_size=2)
-        at_least(s, probe_distance=0)
         self.make = make or (lambda seed, split: Sequences(s, seed))
-        super().__init__(s, self.make(s.seed + 1_000_003 * RANK, 'train'))
+        super().__init__(s, self.make(s.seed + APART * RANK, 'train'))
         self.asked = f'the answers after {s.probe_distance} tokens'
 
     def start(self, model, device, autocast):
@@ -125,7 +124,7 @@ class Task(WalkingTask):
 def answered(model, make, seed, distances, n, device):
     """{d: right answers after d tokens}: n fresh sequences of make(seed, split), each asked one
     question, aside, at all distances, which rise; rounded up to whole segments."""
-    right, test = dict.fromkeys(distances, 0), make(seed + 1_000_003 * (1 + n), 'val')
+    right, test = dict.fromkeys(distances, 0), make(seed + APART * (1 + n), 'val')
     progress = Progress('answers', n * distances[-1])
     for rows in torch.arange(n).split(50):
         opening, objects = test.opening(len(rows))

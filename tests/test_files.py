@@ -65,5 +65,5 @@ def test_what_urllib3_does_not_notice(web, tmp_path, monkeypatch):
     """Older versions end an answer that was cut off as if it were whole."""
     monkeypatch.setattr('requests.Response.iter_content', lambda *args: iter([CONTENT[:9]]))
     web.answers = ['whole'] * 3
-    with pytest.raises(SystemExit, match=f'cut off after 9 of 262,147 .* into {tmp_path}'):
+    with pytest.raises(SystemExit, match=f'cut off after 9 of 262,147 .* at {tmp_path}'):
         files.fetch(f'http://127.0.0.1:{web.server_port}', str(tmp_path / 'x'), 1)
