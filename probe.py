@@ -30,7 +30,7 @@ from tasks import find_task
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
 init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights,
                     # such as 'gpt2', as train.py takes them; with --file, and the result goes into
-                    # out_dir, or out/NAME
+                    # out_dir, or out/probe_NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap
@@ -74,7 +74,7 @@ def main(p):
     folder, data = os.path.dirname(path), saved.get('data', {})
     name = os.path.basename(folder)
     if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
-        folder = p.init_from and p.out_dir or result_path(name, False)
+        folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)
         os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
@@ -89,7 +89,8 @@ def main(p):
     found = task.probe(model, saved, p, device)
     metrics = {**found['metrics'], 'parameters': metric(count_parameters(model)),
                'updates': metric(saved.get('iter_num'))}
-    settings = {**p.as_dict(), **config, 'model_args': saved['model_args'], 'data': corpus}
+    settings = {**p.as_dict(), **config, 'init_from': p.init_from, 'data': corpus,
+                'model_args': saved['model_args']}
     save_record(target, make_record(found['what'], settings, [config.get('seed', p.seed)], metrics,
                                     found['curves'], found['notes'], device=device))
     say(f'written to {os.path.relpath(target)}')

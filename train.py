@@ -276,8 +276,8 @@ if job.data:
     s = s.replace(dataset=job.data['dataset'])
 corpus = job.data.get('dataset', f'task {s.task}')
 require(not checkpoint or checkpoint.get('tokenizer') in (None, job.tokenizer),
-        f"the checkpoint's vocabulary is not that of '{corpus}': prepare the text it was trained "
-        f'on, or start from scratch')
+        f"the checkpoint's vocabulary is not that of '{corpus}': prepare the text that it was "
+        f"trained on, for GPT-2's own weights any with --tokenizer=gpt2, or start from scratch")
 if s.init_from == 'resume':
     require(checkpoint['data'].get('sha256') == job.data.get('sha256'),
             f"'{corpus}' is not the text that the run in {out_dir} was trained on")

@@ -56,7 +56,8 @@ def find_file(path):
                 return file
     if path in pretrained.PUBLISHED:
         return pretrained.fetch_published(path)
-    raise SystemExit(f'error: no checkpoint at {path}; {TRAIN_FIRST}')
+    raise SystemExit(f'error: no checkpoint at {path}, which is none of '
+                     f'{", ".join(pretrained.PUBLISHED)} either; {TRAIN_FIRST}')
 
 def read_file(path, kind, device='cpu'):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
@@ -150,7 +151,9 @@ def load_weights(model, state_dict):
         weights[name] = weights[name][:len(own[name])]
     for name in sorted(own.keys() ^ weights.keys()):
         side = 'has no' if name in own else 'has a'
-        remedy = 'take as many layers, the same model_type, and the model.py of its training'
+        layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
+        remedy = (f'take as many layers as it has ({len(layers)}), the same model_type, and the '
+                  f'model.py of its training')
         if name.startswith('carry_gate'):
             remedy = f"take --carry={'plain' if name in own else 'gated'}"
         elif name.endswith('past_gate'):
@@ -160,8 +163,8 @@ def load_weights(model, state_dict):
         raise SystemExit(f'error: the checkpoint {side} {name}: {remedy}')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)
-        require(then == now, f'{name} is {then} in the checkpoint and {now} here: take the same '
-                             f'sizes, and no longer window or segment')
+        remedy = f'a window or segment of {then[0]} at most' if name == wpe else 'the same sizes'
+        require(then == now, f'{name} is {then} in the checkpoint and {now} here: take {remedy}')
         require(value.is_floating_point() and value.isfinite().all(),
                 f'{name} of the checkpoint is not finite, or of no floats: take an earlier')
     model.load_state_dict(weights)

@@ -52,7 +52,10 @@ def open_file(path):
         if path.endswith('.json'):
             return {**json.loads(Path(path).read_bytes())}
         from safetensors.torch import load_file
+        open(path, 'rb').close()  # of a file without rights, safetensors says that there is none
         return load_file(path)
+    except PermissionError:  # which is explained at the script's end
+        raise
     except Exception as error:  # from a missing package to a damaged header
         raise SystemExit(f'error: cannot read {path} ({error!r:.200}): take a whole one; files of '
                          f'pickle, such as pytorch_model.bin, are not read') from None
@@ -105,19 +108,19 @@ def read(path):
             f'{path}: {HEAD} is not {WTE}: an output matrix of its own does not fit')
     tokenizer = {'kind': 'gpt2'} if sizes['vocab_size'] == SIZES['vocab_size'] else None
     gelu = 'none' if config.get('activation_function') == 'gelu' else 'tanh'
-    return {'model': weights, 'tokenizer': own.get('tokenizer') or tokenizer, 'model_args': {
+    return {**own, 'model': weights, 'tokenizer': own.get('tokenizer') or tokenizer, 'model_args': {
         **sizes, 'block_size': sizes['n_positions'], 'bias': True, 'gelu': gelu}}
 
 def export(saved, model, folder):
     """Write a checkpoint's model as a Hugging Face folder. Raises SystemExit if it cannot."""
     from safetensors.torch import save
-    require(not os.path.isdir(folder) or not os.listdir(folder), f'{folder} is not empty: name '
-                                                                 f'another')
+    require(not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder),
+            f'{folder} is no empty folder: name another')
     kind, c, weights = saved['model_type'], model.config, model.state_dict()
     own = {'model_type': kind, 'model_args': vars(c), 'tokenizer': saved.get('tokenizer'),
            **{key: saved[key] for key in ('task', 'data', 'iter_num') if key in saved},
            'config': {key: value for key, value in saved.get('config', {}).items()
-                      if key != 'out_dir'}}  # which is this machine's
+                      if key not in ('out_dir', 'init_from')}}  # which are this machine's
     config = {'model_type': 'foldgpt', 'foldgpt': own}
     note = f'a {kind} of foldGPT is needed to run it: python sample.py --out_dir=...'
     if kind == 'gpt' and (c.position, c.window, c.border) == ('learned', 0, -1):

@@ -59,7 +59,8 @@ def reads_alike(model, cached, least=0):
     model.eval()
     expected, state, alike = model(idx, idx)[0], empty_state(model, 1, cached), True
     tolerance = 1000 * torch.finfo(expected.dtype).eps * (1 + expected.abs().max())
-    ends = {1, u // 2, u, u + 1, 2 * u, 4 * u + 1, longest - 1, longest} & {*range(1, longest + 1)}
+    ends = {1, u // 2, u, u + 1, 2 * u, 2 * u + u // 2, 4 * u + 1, longest - 1, longest}
+    ends &= {*range(1, longest + 1)}
     for at, end in pairwise([0, *sorted(ends)]):
         if expected.isfinite().all():  # else whoever reads is told
             try:

@@ -96,9 +96,9 @@ def test_a_model_that_sees_the_future_is_not_trained(train, tmp_path, monkeypatc
     real = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr('torch.nn.functional.scaled_dot_product_attention',
                         lambda *args, is_causal: real(*args))
-    done = [train('gpt', max_iters=1, block_size=72)]
+    done = [train('gpt', max_iters=1, block_size=140)]
     with pytest.raises(SystemExit, match='sees what is still to come'):
-        check_reading(make('gpt', block_size=72))
+        check_reading(make('gpt', block_size=140))
     monkeypatch.setattr('model.band', lambda n, S, *_: torch.zeros(n, S))
     for done in (*done, train(max_iters=1)):
         assert done.code == 1 and 'sees what is still to come' in done.err

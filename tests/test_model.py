@@ -102,6 +102,7 @@ def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(mon
 def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
     """The fused kernel that long windows use, and the softmax spelled out for short ones."""
     model, idx = make(kind, block_size=L, segment_size=80), tokens(2, L)
+    monkeypatch.setattr('model.FUSED_FROM', 65)
     long = all_logits(model, idx)
     for T in (1, 30, 64, 65):
         assert_equal(all_logits(model, idx[:, :T]), long[:, :T])

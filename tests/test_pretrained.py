@@ -161,8 +161,10 @@ def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F81
     check(run('sample.py', *both), 'init_from is in place of out_dir: give one of them')
     check(run('probe.py', *both), 'is not the published file, by its SHA-256: delete')
 
-def test_a_task_goes_along(train, run, tmp_path, data_dir):
-    assert train(task='needle', filler='text', key_length=2, max_iters=2).code == 0
+@pytest.mark.parametrize('kind, keys', [
+    ('fold', {}), ('gpt', {'position': 'learned', 'block_size': 24})])
+def test_a_task_goes_along(train, run, tmp_path, data_dir, kind, keys):
+    assert train(kind, task='needle', filler='text', key_length=2, max_iters=2, **keys).code == 0
     assert run('lib/pretrained.py', tmp_path / 'out', tmp_path / 'hf').code == 0
     (tmp_path / 'my.txt').write_text('a1 b2\n' * 99)
     before = contents(tmp_path / 'hf')

@@ -58,6 +58,7 @@ def read_in(model, idx, sizes, state):
 def test_in_any_pieces_it_is_the_teacher_forced_forward_pass(name, cached, monkeypatch):
     """Token by token, too, and beyond the window."""
     monkeypatch.setattr('lib.streaming.TOKENS_PER_CALL', 3 * l)
+    monkeypatch.setattr('model.FUSED_FROM', 65)
     T = 90 if 'long' in name else 38
     model, idx = make_case(name), tokens(3, T)
     expected, generator = oracle(model, idx), torch.Generator().manual_seed(1)
@@ -229,7 +230,12 @@ class LongMemory(FoldGPT):
         x, carry = super().fold(x, carry)
         return x + 0.1 * F.pad(x, (0, 0, 3 * 12, 0))[:, :x.size(1)], carry
 
-@pytest.mark.parametrize('kind', [Future, LongMemory])
+class ByLength(FoldGPT):  # in an open segment a place is another than in a whole one
+    def globally(self, past, current, caches=None):
+        x = super().globally(past, current, caches)
+        return x if past is None else x + torch.linspace(0, 1, x.size(1))[:, None] * x.roll(1, 2)
+
+@pytest.mark.parametrize('kind', [Future, LongMemory, ByLength])
 @pytest.mark.parametrize('shaken', [True, False])
 def test_a_model_that_cannot_be_read_piece_by_piece_is_refused(kind, shaken):
     model = kind(FoldConfig(vocab_size=V, n_embd=16, n_head=2, block_size=12)).eval()
