@@ -7,5 +7,5 @@ _path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_python
 _file = runpy.run_path(_path)
 seeds, tokens, common = [1337], _file['tokens'], {'set_aside': 0.1}
 runs = {f'{name}, {rate:g}': {**_file['runs'][name], 'learning_rate': rate, 'min_lr': rate / 50}
-        for rate in (4e-3, 2e-3, 6e-3, 8e-3, 1e-3)
+        for rate in (4e-3, 2e-3, 6e-3, 8e-3, 1.2e-2)
         for name in ('fold', 'sliding window of 12', 'GPT, window 12')}
