@@ -65,7 +65,7 @@ def again(compared, compare_here, tmp_path, monkeypatch):
     """again(changes of FILE, *flags): once more in a copy of the folder; the copy, the error."""
     runs = shutil.copytree(compared[0], tmp_path / 'runs')
     (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(compare, 'place', lambda name, record: str(tmp_path / 'results' / name))
+    monkeypatch.setattr(compare, 'result_path', lambda name, record: str(tmp_path / 'results' / name))
 
     def again(changes, *flags):
         text = FILE

@@ -59,7 +59,7 @@ def test_huggingface_to_ours_and_back(run, tmp_path):
     done = run('lib/pretrained.py', tmp_path / 'c', tmp_path / 'back')
     assert done.code == 0 and 'transformers loads it' in done.out, done.err
     equal(parts_of(tmp_path / 'back')[0], given)
-    check(run('lib/pretrained.py', tmp_path / 'a', tmp_path / 'back'), 'is not empty')
+    check(run('lib/pretrained.py', tmp_path / 'a', tmp_path / 'back'), 'is no empty folder')
     check(run('lib/pretrained.py', tmp_path / 'a'), 'python -m lib.pretrained OUT_DIR FOLDER')
     index.write_text('{}')
     check(run('lib/pretrained.py', tmp_path / 'c', tmp_path / 'd'), 'index.json has no weight_map')
