@@ -7,6 +7,7 @@
 import lib.start  # noqa: F401 (before torch)
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def measure_generation(s):
 
 def make_side(side, size, T, s):
     """A model for sequences of T tokens, and the side's way. Raises SystemExit for bad names."""
+    require(side.split(), 'sides: one of them is empty')
     model_type, *words = side.split()
     own = dict(word.split('=', 1) for word in words if '=' in word)
     way = ' '.join(word for word in words if '=' not in word)
@@ -265,6 +267,7 @@ PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': mea
 
 def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the process of a side ends, too
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
     require(processes.WORLD == 1 or s.parts == 'speed' and s.batch_size % processes.WORLD == 0,
             'several processes measure --parts=speed, of a batch_size that they can share')

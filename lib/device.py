@@ -22,6 +22,7 @@ def pick_device(device='auto'):
     """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there. Raises SystemExit for a device
     that is not."""
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in recurrent layers too
+    torch.backends.cuda.matmul.allow_tf32 = False  # where the environment says otherwise
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
@@ -141,6 +142,7 @@ def compile_blocks(model, compile, device, B=2):
     if compile == 'off' or not blocks:
         return 'off' if compile == 'kernels' else compile
     say('compiling the blocks: a minute or more, the first time')
+    torch.compiler.set_stance('default')  # which a trial before may have left otherwise
     torch._dynamo.config.recompile_limit = 64  # all shapes of all kinds of blocks count as one
     for table in (band, rotary):  # said here alone: it imports the compiler, which takes a second
         torch.compiler.assume_constant_result(table)

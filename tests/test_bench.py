@@ -96,7 +96,8 @@ def test_processes_share_a_batch(monkeypatch):
     assert seen[0] == (2, 8) and len(seen) == 2
     check_error('several processes', bench.main, s)
 
-def test_ctrl_c_leaves_no_process(tmp_path):
+@pytest.mark.parametrize('number, told', [(signal.SIGINT, 'stopped\n'), (signal.SIGTERM, '')])
+def test_a_signal_leaves_no_process(number, told):
     flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
     process = subprocess.Popen([sys.executable, 'bench.py', *flags], cwd=records.ROOT, text=True,
                                stderr=subprocess.PIPE)
@@ -105,8 +106,8 @@ def test_ctrl_c_leaves_no_process(tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)  # the side is at work, or loads torch
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == 'stopped\n'
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == told
     pytest.raises(ProcessLookupError, os.kill, int(side[0]), 0)
 
 @pytest.mark.parametrize('flag, why', [
@@ -114,7 +115,8 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     ('batch_size=0', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
     ('vocab_size=65537', 'vocab_size=65537'),
     ('vocab_size=0', 'vocab_size'), ('contexts=9' + 99 * '9', 'contexts'),
-    ('sizes=2+2', '2+2x128x4'), ('sides=fold slow', "'truncated' or"),
+    ('sizes=2+2', '2+2x128x4'), ('sides=fold,,gpt', 'sides: one of them is empty'),
+    ('sides=fold slow', "'truncated' or"),
     ('sides=fold past=new', 'past must be'), ('sides=fold n_embd=8', "'truncated' or"),
     ('contexts=0', 'contexts'),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])

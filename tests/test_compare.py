@@ -65,7 +65,8 @@ def again(compared, compare_here, tmp_path, monkeypatch):
     """again(changes of FILE, *flags): once more in a copy of the folder; the copy, the error."""
     runs = shutil.copytree(compared[0], tmp_path / 'runs')
     (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(compare, 'result_path', lambda name, record: str(tmp_path / 'results' / name))
+    results = tmp_path / 'results'
+    monkeypatch.setattr(compare, 'result_path', lambda name, in_results: str(results / name))
 
     def again(changes, *flags):
         text = FILE

@@ -268,7 +268,8 @@ def keep_training(name, folder, n, code, last):
     record['metrics'][f'{name}, validation loss'] = metric(best)
     updates = max(line.get('iter', 0) for line in log)
     record['metrics'][f'{name}, updates'] = metric(updates)
-    note(f'train {name}', 'ok', f'validation loss {best:.4f}, {updates} of {n} updates')
+    note(f'train {name}', 'ok' if code in (0, None) else 'FAILED',
+         f'validation loss {best:.4f}, {updates} of {n} updates')
 
 # --- all of it ------------------------------------------------------------------------------------
 
