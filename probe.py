@@ -28,9 +28,10 @@ from tasks import find_task
 
 # run
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
-init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights,
-                    # such as 'gpt2', as train.py takes them; with --file, and the result goes into
-                    # out_dir, or out/probe_NAME
+init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights:
+                    # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
+                    # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names; with --file, and the
+                    # result goes into out_dir, or out/probe_NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap

@@ -38,7 +38,7 @@ START = b'{"event": "start"'  # of a log
 # names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
 RUN_FILES = {**dict.fromkeys(FILES, CHECKPOINT), 'record.json': RECORD, 'loss.png': PICTURE,
-       'probe.json': RECORD, 'probe.png': PICTURE}  # of a run
+             'probe.json': RECORD, 'probe.png': PICTURE}
 WAY_ON = '--init_from={} --out_dir=... starts from its weights, with the same sizes'
 TRAIN_FIRST = 'train one first: python train.py config/fold_shakespeare.py'
 
