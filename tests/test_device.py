@@ -57,7 +57,8 @@ def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monk
     monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
     train(out_dir=tmp_path / 'a', n_global=2, max_iters=6)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # and all of it is
-        done = train(compile='kernels', n_global=2, max_iters=6)
+        for _ in range(1 if works else 2):  # a second trial is no better than the first
+            done = train(compile='kernels', n_global=2, max_iters=6, overwrite=True)
     torch.compiler.set_stance('default')
     assert done.code == 0 and (len(calls) > 20) == works, done.err
     assert ('does not work here (BackendCompilerFailed: ' in done.err) != works
