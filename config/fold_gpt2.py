@@ -4,7 +4,7 @@
 #   python train.py config/fold_gpt2.py
 # Meant for a GPU of 24 GB, on which it has not run yet. By count: 16.4 million tokens of 0.93
 # billion FLOPs, and a third more for recompute, are 2.0e16 FLOPs, an hour at 5.6 TFLOP/s. On a CPU
-# it takes 2.9 GB with one row in a batch (docs/training.md). Cut short there:
+# it takes 3.8 GB with one row in a batch (docs/training.md). Cut short there:
 #   --block_size=1024 --batch_size=1 --max_iters=2 --eval_tokens=2048
 init_from = 'gpt2'  # or a folder of Hugging Face's format
 out_dir = 'out/fold_gpt2'
