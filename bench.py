@@ -154,15 +154,15 @@ def make_side(side, size, T, s):
         n_head=n_head, bias=False, block_size=T, segment_size=s.segment_size,
         vocab_size=s.vocab_size, **own)), way
 
-def make_updates(side, size, T, s, tried=1):
-    """updates(n), which trains a side for n updates, and compiled(), what is compiled by then;
-    tried: rows on which kernels are tried out."""
+def make_updates(side, size, T, s):
+    """updates(n), which trains a side for n updates, and compiled(), what is compiled by then."""
     torch.manual_seed(s.seed)
     model, way = make_side(side, size, T, s)
     use_bfloat16 = machine.takes_bfloat16('auto', s.device)
     compile = machine.choose_compile(s.compile, s.device, machine.LONG)
     with torch.autocast(s.device.split(':')[0], torch.bfloat16, use_bfloat16) as autocast:
-        compile = machine.compile_blocks(model.to(s.device), compile, s.device, tried)
+        compile = machine.compile_blocks(model.to(s.device), compile, s.device,
+                                         s.batch_size // processes.WORLD)
     graphs = Graphs() if compile == 'graph' else None
     optimizer = adamw(model, 0.1, 1e-3, (0.9, 0.99), s.device)
     for p in model.parameters():
@@ -185,16 +185,22 @@ def make_updates(side, size, T, s, tried=1):
 
 def speeds(side, size, T, s, turn=nullcontext):
     """Yield of a side, batch by batch: the batch, its tokens per second, the median of the rounds,
-    seconds until these begin, peak MB, and what is compiled. The rounds are within turn()."""
+    seconds until these begin, peak MB, and what is compiled. The rounds are within turn(). A batch
+    beyond the first for which there is no memory ends them."""
     B, best, begin = s.batch_size, 0.0, time.perf_counter()
     while True:
         n = max(min(5, s.steps), s.steps * s.batch_size // B)
-        updates, compiled = make_updates(side, size, T, s.replace(batch_size=B), B)
-        rate(1, s.device, updates, n)  # warms up
-        ready = time.perf_counter() - begin
-        with turn():
-            speed = statistics.median(rate(n * B * T, s.device, updates, n)
-                                      for _ in range(s.rounds))
+        try:
+            updates, compiled = make_updates(side, size, T, s.replace(batch_size=B))
+            rate(1, s.device, updates, n)  # warms up
+            ready = time.perf_counter() - begin
+            with turn():
+                speed = statistics.median(rate(n * B * T, s.device, updates, n)
+                                          for _ in range(s.rounds))
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            return
         yield {'batch': B, 'rate': speed, 'ready': ready, 'mb': machine.peak_mb(s.device),
                'compiled': compiled()}
         if 4 * B > s.largest_batch or speed < 1.05 * best:
@@ -238,8 +244,11 @@ def measure_speed(s):
             metrics[f'{size} {side}, tokens per second'] = median(rates[side])
             metrics[f'{size} {side}, efficiency'] = median(done[side], done[sides[-1]])
             metrics[f'{size} {side}, FLOPs per token'] = metric(flops[side])
-            for key, title in (('batch', 'batch'), ('ready', 'seconds to start')):
-                metrics[f'{size} {side}, {title}'] = median([start[key] for start in found[side]])
+            for key, title in (('batch', 'batch'), ('ready', 'seconds to start'),
+                               ('mb', 'peak MB')):
+                if found[side][0][key] is not None:  # not every system tells its memory
+                    values = [start[key] for start in found[side]]
+                    metrics[f'{size} {side}, {title}'] = median(values)
             compiled = {start['compiled'] for start in found[side]}
             notes.append(f"{size} {side}: compiled: {', '.join(sorted(compiled))}")
         yield metrics, {}, ['medians of the starts, whose rates are medians of rounds', *notes]

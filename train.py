@@ -204,9 +204,14 @@ def save(is_best=False):
         'model_type': s.model_type, 'model_args': vars(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'iter_num': run.done, 'best_val_loss': run.best,
         'run': vars(run), 'rng': rng, 'task': s.task, 'task_state': job.state(),
-        'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data, 'provenance': made_by}
+        'config': s.as_dict(), 'tokenizer': job.tokenizer, 'data': job.data,
+        'provenance': {**made_by, 'compiled': compiled()}}
     for path in [best_path, last_path] if is_best else [last_path]:
         from_writer(lambda: ckpt.save(path, checkpoint))
+
+def compiled():
+    """What is compiled: as chosen, or nothing once capturing has failed."""
+    return 'off' if compile == 'graph' and not job.step.works else compile
 
 def log_line(loss):
     """Tell and log the updates since the last line; the next line starts anew."""
@@ -241,8 +246,7 @@ def write_record():
                'tokens_per_s': metric(speed), 'minutes': metric(run.seconds / 60),
                'peak_mb': metric(machine.peak_mb(device))}
     notes = [job.note.strip()] if job.note else []
-    failed = compile == 'graph' and not job.step.works
-    settings = {**s.as_dict(), 'compile': 'off' if failed else compile}  # what was, not what should
+    settings = {**s.as_dict(), 'compile': compiled()}
     save_record(os.path.join(out_dir, 'record.json'), make_record(
         'training', settings, [s.seed], metrics, shown, notes, device=device))
     title = f"{s.model_type}, {job.data.get('dataset', s.task)}"

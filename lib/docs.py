@@ -13,7 +13,8 @@ A row for each record for which `where` holds; `group = TEMPLATE` makes one row 
 says the same: seeds. `rows = a; b` repeats the rows, with # for a and b. Each further line is a
 column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMAT} or
 {FILE.json:PATH}: keys joined by /, a part of a record by its name, a point of a curve by its x.
-Where a field is missing, what follows || is taken, or nothing. `lines`: any text with fields.
+Where a field is missing, what follows || is taken, or nothing. Of FILE.json? all may be missing.
+`lines`: any text with fields.
 `picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log = no, log_y = yes.
 """
 import lib.start  # noqa: F401 (before torch)
@@ -46,7 +47,8 @@ def records(names):
     """The records that a block names, in order. Raises SystemExit if a name finds none."""
     found = []
     for file, path in (name.strip().split('.json') for name in names.split(';')):
-        some = [find(load_record(name), path) for name in sorted(RESULTS.glob(f'{file}.json'))]
+        names, absent = sorted(RESULTS.glob(f'{file}.json')), [{'metrics': {}}] * (path == '?')
+        some = [find(load_record(name), path.strip('?')) for name in names] or absent
         require(some and None not in some, f'results/{file}.json has no record {path}')
         found += sum(some, []) if path == '/parts' else some
     return found

@@ -92,8 +92,10 @@ class Graphs:
             self.graphs[key] = static, replay
         except Exception as error:  # a compiler and a driver can fail in any way
             self.works = False
-            reason = ' '.join(str(error).split())[:80]
-            print(f"compile='graph' does not work here ({type(error).__name__}: {reason}); going "
+            self.graphs.clear()  # their memory is of use again
+            cause = error.__context__ or error  # capturing ends with an error of its own
+            reason = ' '.join(str(cause).split())[:80]
+            print(f"compile='graph' does not work here ({type(cause).__name__}: {reason}); going "
                   f'on without it', file=sys.stderr)
         finally:
             torch._foreach_copy_(self.grads, before)

@@ -115,10 +115,11 @@ class WalkingTask(MemoryTask):
             loss_old, right_old, more = self.further(old, F)
             loss, read = loss + loss_old * len(old) / self.B, read + more
         loss.backward()
-        right = right.cpu()  # not before: from here on the device has to be waited for
+        answers = torch.cat((right, right_old)) if old else right
+        right, right_old = answers.cpu().tensor_split((self.B,))  # waits for the device
         if old:
             stays = self.sequences.uniform(len(old)) >= self.s.leave
-            old = old.pick(right_old.cpu() & stays)
+            old = old.pick(right_old & stays)
         if rows.carry is not None and F:  # new sequences take the places of those that left
             fit = (may & right).nonzero()[:, 0][:max(0, self.B - len(old or ()))]
             old = rows.pick(fit).join(old)

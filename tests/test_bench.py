@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from conftest import check_error
 
 import bench
@@ -39,7 +40,8 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
     """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
     monkeypatch.setattr(bench, 'flops_per_token', lambda model, T: 2 if model.unit > 1 else 1)
-    starts = [dict(rate=rate, ready=ready, compiled=compiled, batch=4) for rate, ready, compiled in
+    starts = [dict(rate=rate, ready=ready, compiled=compiled, batch=4, mb=None)
+              for rate, ready, compiled in
               ((5, 1, 'off'), (2, 3, 'kernels'), (10, 1, 'off'), (20, 1, 'off'))]
     found = measure('speed', fold=iter(starts[:2]), gpt=iter(starts[2:]))
     value = found['metrics']['1+1x16x2 fold, efficiency']
@@ -80,6 +82,23 @@ def test_larger_batches_while_they_give_more(monkeypatch):
     monkeypatch.setattr(bench, 'rate', rate)
     assert [found['batch'] for found in bench.speeds('gpt', '1+1x16x2', 8, s, turn)] == [4, 16, 64]
     assert seen[1::2] == [(256, 8), (640, 5), (2560, 5)] and turns == [1, 3, 5]
+
+@pytest.mark.parametrize('fits', [0, 1, 2])
+def test_a_batch_without_memory_ends_the_sweep_and_keeps_what_was_found(monkeypatch, fits):
+    s = configure(vars(bench), [*FLAGS, '--steps=8', '--largest_batch=300', '--rounds=1'])
+    rates = iter([10.0 ** (i // 2) for i in range(2 * fits)])
+
+    def rate(*args):
+        try:
+            return next(rates)
+        except StopIteration:
+            raise torch.OutOfMemoryError('no memory') from None
+    monkeypatch.setattr(bench, 'rate', rate)
+    found = bench.speeds('gpt', '1+1x16x2', 8, s)
+    if fits:
+        assert [row['rate'] for row in found] == [1, 10][:fits]
+    else:
+        pytest.raises(torch.OutOfMemoryError, next, found)
 
 def test_settings_of_a_side():
     s = configure(vars(bench), FLAGS)

@@ -8,7 +8,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,6 +25,7 @@ from models import MODELS  # noqa: E402
 TINY = bool(os.environ.get('TINY'))
 DEVICE, DATASET = ('cpu', 'tiny') if TINY else ('cuda', 'shakespeare')
 SIZE, BATCH = ('1+1x16x2', 4) if TINY else ('3+3x384x6', 64)
+BATCHES = 3  # at most that a speed is measured at, each four times the one before
 SIDES = {'GPT': ('gpt', 12, 256), 'fold l=12': ('fold', 12, 252),  # model, segment, sequence
          'fold l=32': ('fold', 32, 256), 'fold l=64': ('fold', 64, 256)}
 CASES = {  # of gradients: {piece: [(model, sizes)]}
@@ -108,21 +109,25 @@ def captured():
            {'apart': 1e-3})
 
 def speed(name, way, gate):
-    """Print a side's speed, batch by batch: it gets ready as soon as it can, says so, and is
-    measured when the file `gate` is its own."""
+    """Print a side's speed, batch by batch. At each it gets ready beside the other sides, says so,
+    is measured alone, and says that: every answer is followed by a file, gate1, gate2 and so on,
+    that the session holds until all sides have answered."""
+    files = (open(f'{gate}{number}', 'w') for number in count(1))
+
     @contextmanager
     def turn():
         print('@@{}', flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        fcntl.flock(file, fcntl.LOCK_UN)
+        with next(files) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
     (kind, l, T), n = SIDES[name], '2' if TINY else '20'
     s = configure(vars(bench), [f'--segment_size={l}', f'--batch_size={BATCH}', '--threads=1',
                                 f'--compile={way}', f'--device={DEVICE}', '--rounds=3',
-                                f'--steps={n}', f'--largest_batch={16 * BATCH}'])
-    with open(gate, 'w') as file:
-        for found in bench.speeds(kind, SIZE, T, s, turn):
-            print('@@' + json.dumps(found), flush=True)
+                                f'--steps={n}', f'--largest_batch={BATCH * 4 ** (BATCHES - 1)}'])
+    for found in bench.speeds(kind, SIZE, T, s, turn):
+        print('@@' + json.dumps(found), flush=True)
+        with next(files) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
 
 if __name__ == '__main__':
     {'gradients': gradients, 'captured': captured, 'speed': speed}[sys.argv[1]](*sys.argv[2:])

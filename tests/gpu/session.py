@@ -21,7 +21,7 @@ from glob import glob
 from importlib import import_module
 from importlib.util import find_spec
 
-from pieces import BATCH, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
+from pieces import BATCH, BATCHES, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
 from steps import COMPARISON, NEEDED, PIECES, gradient_chains, smoke_chains
 
 from lib.contract import flops_per_token
@@ -187,29 +187,31 @@ def lines_of(work, name, way):
         return out.read().splitlines()
 
 def speed(work, until):
-    """All sides get ready at once, in processes that compile side by side; then they take turns.
-    Batches beyond the first are measured beside what others still compile."""
+    """At every batch all sides get ready at once, in processes that compile side by side; then they
+    take turns. One that is not ready for the first by half of the time is not waited for."""
     flops, sides, heard, half = {}, {}, {}, left(until) / 2
     for name, (kind, l, T) in SIDES.items():
         with torch.device('meta'):
             s = bench.Settings({'segment_size': l, 'vocab_size': 65})
             flops[name] = flops_per_token(bench.make_side(kind, SIZE, T, s)[0], T)
-    with open(f'{work}/gate', 'w') as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        for key in [(name, way) for way in WAYS for name in SIDES]:
-            with open(f'{work}/{key[0]}, {key[1]}', 'w') as out:
-                sides[key] = start([PIECES, 'speed', *key, gate.name], out)
-        running = True
-        while running and left(until) > 1:
-            time.sleep(0.2)
-            running = [key for key, process in sides.items() if process.poll() is None]
-            found = {key: answers(lines_of(work, *key)) for key in sides}
-            for key, rows in found.items():
-                for row in rows[heard.get(key, 0):]:
-                    keep_speed(*key, row, flops) if 'rate' in row else None
-                heard[key] = len(rows)
-            if all(heard[key] for key in running) or left(until) < half:
-                fcntl.flock(gate, fcntl.LOCK_UN)
+    gates = [open(f'{work}/gate{number}', 'w') for number in range(1, 2 * BATCHES + 1)]
+    for gate in gates:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # copies of this process have these files, too
+    for key in [(name, way) for way in WAYS for name in SIDES]:
+        with open(f'{work}/{key[0]}, {key[1]}', 'w') as out:
+            sides[key] = start([PIECES, 'speed', *key, f'{work}/gate'], out)
+    running = True
+    while running and left(until) > 1:
+        time.sleep(0.2)
+        running = [key for key, process in sides.items() if process.poll() is None]
+        found = {key: answers(lines_of(work, *key)) for key in sides}
+        for key, rows in found.items():
+            for row in rows[heard.get(key, 0):]:
+                keep_speed(*key, row, flops) if 'rate' in row else None
+            heard[key] = len(rows)
+        waited = [heard[key] for key in running if heard[key] or left(until) > half]
+        for gate in gates[:min(waited, default=0)]:
+            fcntl.flock(gate, fcntl.LOCK_UN)
     for key, process in sides.items():
         end(process)
         if f'{key[0]}, {key[1]}{SPEED}' not in record['metrics']:
