@@ -37,7 +37,6 @@ threads = 1          # CPU threads of each
 seeds = ''           # in place of the file's, separated by commas
 quick = False        # a few updates a run and small probes, in folders of their own
 only = ''            # names of the runs to work on, separated by semicolons; '' is all
-only_report = False  # train nothing, report what is there
 record = False       # write into results/ as well, which the docs are made from
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
@@ -128,10 +127,6 @@ def read_comparison(name):
             f'{name}: runs must name at least one run, and seeds be different numbers')
     require((c['tokens'] > 0) != (c['updates'] > 0) and {*c['budgets']} <= {*BUDGETS},
             f'{name}: tokens or updates must be above 0, and budgets some of {BUDGETS}')
-    for settings in (c['runs'], c['common'], c['probe'], *c['runs'].values()):
-        odd = [item for item in settings.items() if not isinstance(item[0], str)
-               or not isinstance(item[1], (str, int, float, dict))]
-        require(not odd, f'{name}: {odd[:1]} is no name with a text or a number')
     for run in c['runs']:
         settings_of(c, run)
     require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
@@ -223,7 +218,7 @@ async def calibrate(s, c, folder):
             return load_record(where / 'record.json')['metrics']
         except SystemExit:  # which the run itself will report
             return {}
-    names = [name for name in c['runs'] if name not in costs and not s.only_report]
+    names = [name for name in c['runs'] if name not in costs]
     turns = [await asyncio.gather(*map(one, names)) for _ in range(rounds)] if names else []
     for name, found in zip(names, zip(*turns)):
         if not all(found):
@@ -290,8 +285,7 @@ def main(s):
         c['seeds'] = numbers('seeds', s.seeds)
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or result_path(name, False)
-    if not s.only_report:
-        own_folder(folder)
+    own_folder(folder)
     for file, mark in (('comparison.json', RECORD), ('report.md', b'# Side by side'),
                        ('loss.png', PICTURE), ('context.png', PICTURE), ('recall.png', PICTURE)):
         check_place(os.path.join(folder, file), mark)
@@ -302,8 +296,7 @@ def main(s):
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
     require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     wanted = [run for run in runs if run.name in chosen]
-    if not s.only_report:
-        asyncio.run(work_on(s, wanted))
+    asyncio.run(work_on(s, wanted))
     require(any(run.complete() for run in wanted),
             f'no run is complete in {folder}; a report there is kept')
     result = report.make(c, runs, s)

@@ -77,9 +77,6 @@ def merge(saved, given, fixed=(), here=()):
                for key in keys}
     notes = [f'resume: {key} stays {value!r}' for key, value in changes.items()
              if key in given.given and value != getattr(given, key)]
-    notes += [f'resume: the run does not say its {key}, which is {value!r} from here on'
-              for key, value in given.as_dict().items()
-              if key not in {*saved, *here, *given.given}]
     return given.replace(**changes), notes
 
 def numbers(key, text, least=0):

@@ -1,6 +1,5 @@
 """Turn a text into a data set of tokens: data/NAME/train.bin, val.bin and meta.json."""
 import lib.start  # noqa: F401 (before torch)
-import gzip
 import hashlib
 import json
 import os
@@ -11,20 +10,18 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
-from lib.console import Progress, require, say
+from lib.console import require, say
 from lib.files import check_kind, fetch
 
 dataset = ''        # name: shakespeare, python, python_mixed (its files in random order, so that
                     # the validation text is of the same kind), or one of your choice with --file
-file = ''           # text to read, UTF-8, packed by gzip or not; shakespeare: a local copy
+file = ''           # text to read, UTF-8; shakespeare: a local copy
 tokenizer = 'char'  # char (one token per character) or gpt2 (byte pairs)
-newlines = 'keep'   # keep (line ends as they are) or unix (\r\n becomes \n)
 data_dir = 'data'   # folder of all data sets
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -60,12 +57,7 @@ class Tokenizer:
         """Token ids of a text, (N,) uint16. SystemExit on a character that the vocabulary has not;
         its position is counted from `start`."""
         if self._gpt2:
-            progress, parts = Progress('tokens of gpt2', len(text), 'characters'), []
-            for part in pieces(text):
-                parts.append(np.array(self._gpt2.encode_ordinary(part), dtype='<u2'))
-                progress.at(progress.done + len(part))
-            progress.close()
-            return np.concatenate(parts or [np.zeros(0, dtype='<u2')])
+            return self._gpt2.encode_to_numpy(text, disallowed_special=()).astype('<u2')
         ids = self._ids[_codes(text)]
         for i in np.flatnonzero(ids < 0)[:1]:
             raise SystemExit(f'error: character {text[i]!r} (U+{ord(text[i]):04X}) at position '
@@ -83,14 +75,14 @@ class Tokenizer:
             return self._gpt2.decode_bytes(ids)
         return ''.join(self.spec['chars'][i] for i in ids).encode('utf-8', 'surrogatepass')
 
-def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'):
+def prepare(dataset, file='', tokenizer='char', data_dir='data'):
     """Write a data set and return the path of its folder; the arguments are the settings above.
 
     A relative data_dir lies beside this file. An older data set of that name is replaced only by a
     complete one. Raises DownloadError if the text cannot be downloaded, SystemExit with a one-line
     message on any other bad input.
     """
-    _check_request(dataset, file, tokenizer, newlines)
+    _check_request(dataset, file, tokenizer)
     data_dir = os.path.join(HERE, data_dir)
     folder = os.path.join(data_dir, dataset)
     meta = os.path.join(folder, 'meta.json')
@@ -113,10 +105,6 @@ def prepare(dataset, file='', tokenizer='char', newlines='keep', data_dir='data'
     require(dataset != 'shakespeare' or _sha256(text.encode()) == SHAKESPEARE_SHA256,
             f'{file} is not tiny Shakespeare, by its SHA-256: '
             f"{'choose another name for it' if given else 'delete it'}")
-    if newlines == 'unix':
-        text = text.replace('\r\n', '\n')
-    elif pairs := text.count('\r\n'):
-        say(f'{name}: {pairs:,} lines end in \\r\\n; --newlines=unix would make that \\n')
     encoder = encoder or Tokenizer(_char_spec(text))
     ids = encoder.encode(text)
     require(len(ids) >= 20, f'{name} has {len(ids)} tokens and needs 20: use a longer text')
@@ -150,16 +138,6 @@ def load_meta(folder):
                          f'({_reason(error)}): {again}') from None
     return meta
 
-def pieces(text, size=1 << 18):
-    """A text in pieces of about `size` characters, each cut where a word ends: no token of gpt2
-    reaches across."""
-    start = 0
-    while start < len(text):
-        found = re.compile(r'(?<=\S)\s').search(text, start + size)
-        end = found.start() if found else len(text)
-        yield text[start:end]
-        start = end
-
 def _char_spec(text):
     return {'kind': 'char', 'chars': ''.join(sorted(set(text)))}
 
@@ -189,27 +167,25 @@ def _reason(error):
     """One short line about an exception."""
     return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder='...')
 
-def _check_request(dataset, file, tokenizer, newlines):
+def _check_request(dataset, file, tokenizer):
     """Refuse settings that cannot be meant."""
     require(re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._-]*', dataset),
             f"{dataset!r} cannot name a data set: write python prepare.py NAME [--file=PATH], NAME "
             f"being shakespeare, {', '.join(PYTHON)}, or of letters, digits, '.', '_' and '-'")
     require(tokenizer in ('char', 'gpt2'), f'tokenizer must be char or gpt2, not {tokenizer!r}')
-    require(newlines in ('keep', 'unix'), f'newlines must be keep or unix, not {newlines!r}')
     require(dataset in ('shakespeare', *PYTHON) or file, f'{dataset!r} needs a text: python '
             f'prepare.py {dataset} --file=PATH')
     require(dataset not in PYTHON or not file, f'{dataset!r} takes no --file: choose another name')
 
 def read_text(file, mixed=False):
-    """Return a text, unpacked if gzip has packed it; without a file the one that Python brings."""
+    """Return a text; without a file the one that Python brings."""
     piped = file.startswith(('/dev/stdin', '/dev/fd/'))  # also what a shell makes of <(command)
     require(piped or os.path.isfile(file) or not os.path.exists(file), f'{file} is a directory, a '
             f'pipe or a device: write the text into a file, or pipe it into --file=/dev/stdin')
     try:
         raw = Path(file).read_bytes() if file else _python_text(mixed)
-        raw = gzip.decompress(raw) if raw.startswith(b'\x1f\x8b') else raw
         return raw.decode('utf-8').removeprefix('\ufeff')
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: cannot read {file or 'the library of Python'} "
                          f'({_reason(error)}): give a text in UTF-8 with --file=PATH') from None
 

@@ -80,8 +80,6 @@ def file_blocks(name):
             yield held + decoder.decode(b'', final=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
-        if getattr(error, 'object', b'').startswith(b'\x1f\x8b'):
-            reason = f'gzip has packed it: zcat {name} | python sample.py --start=FILE:- ...'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None
 
 def read_file(name):

@@ -99,8 +99,9 @@ compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'gr
 threads = 0                 # CPU threads of each process; 0: as many as there are idle cores
 
 # of a resumed run: what stays as it was beside the model, and what is of this call alone
-FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'segment_size', 'filler',
-         'symbols', 'key_length', 'names', 'cups', 'every', 'lengths', 'vocabulary')
+FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'eval_tokens',
+         'segment_size', 'filler', 'symbols', 'key_length', 'names', 'cups', 'every', 'lengths',
+         'vocabulary')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 load_to_resume = cache(ckpt.load_to_resume)  # which parts() and the set-up both ask for
@@ -334,17 +335,7 @@ if s.init_from == 'resume':
         for group, before in zip(groups, checkpoint['optimizer']['param_groups']):
             group['lr'] = before['lr']
         optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': groups})
-        if checkpoint['iter_num'] and not optimizer.state:
-            raise ValueError('no optimizer state')
-        for p, state in optimizer.state.items():
-            if any(value.shape not in (p.shape, ()) or not value.is_floating_point()
-                   for value in state.values()) or any(
-                    state[key].min() < 0 for key in ('step', 'exp_avg_sq')):
-                raise ValueError('optimizer')
         vars(run).update(checkpoint['run'])
-        if checkpoint['config'].get('eval_tokens') != s.as_dict().get('eval_tokens'):
-            run.best = math.inf
-            say('resume: other eval_tokens than before: the best loss starts anew')
         run.interval_loss = run.interval_loss.to(device).reshape(())
         job.load_state(checkpoint['task_state'], device)
         for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many

@@ -8,9 +8,7 @@ training stands), provenance.
 import glob
 import hashlib
 import json
-import math
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -20,20 +18,16 @@ import torch
 from lib import pretrained
 from lib.console import require, write
 from lib.contract import make_model
-from lib.files import PICTURE, RECORD, check_kind, is_file, is_temporary, write_file
+from lib.files import PICTURE, RECORD, check_kind, is_temporary, write_file
 from lib.records import ROOT
 from lib.rows import Rows, rowwise
 from lib.streaming import new_state
-from prepare import vocab_size_of
 
 FILES = 'ckpt.pt', 'last.pt'
 KINDS = {'model': dict, 'model_args': dict, 'model_type': str, 'task': str, 'config': dict,
          'data': dict, 'iter_num': int}  # of what a checkpoint holds
 TO_RESUME = {'optimizer': dict, 'rng': list, 'run': dict, 'config': dict, 'data': dict, 'task': str,
              'task_state': dict}
-RUN = {'done': int, 'tokens': int, 'seconds': float, 'best': float, 'pending': bool, 'val': dict,
-       'interval_loss': torch.Tensor, 'interval_steps': int, 'interval_tokens': int,
-       'interval_seconds': float}  # where training stands
 START = b'{"event": "start"'  # of a log
 # names that pickle writes near the start of a streaming state and of a checkpoint of train.py
 STATE, CHECKPOINT = b'X\4\0\0\0read', b'X\n\0\0\0model_type'
@@ -52,7 +46,7 @@ def find_file(path):
     names = '', *FILES, *pretrained.FILES
     for where in (os.path.abspath(os.path.expanduser(path)), os.path.join(ROOT, path)):
         for file in (os.path.join(where, name) if name else where for name in names):
-            if is_file(file):
+            if os.path.isfile(file):
                 return file
     if path in pretrained.PUBLISHED:
         return pretrained.fetch_published(path)
@@ -61,21 +55,16 @@ def find_file(path):
 
 def read_file(path, kind, device='cpu'):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
-    reason = 'cannot be opened'
     try:
-        with open(path, 'rb') as file:
-            reason = 'is damaged' if file.read(2) == b'PK' else 'is no file of torch'
-            if zipfile.ZipFile(file).testzip():
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
                 raise zipfile.BadZipFile
-            file.seek(0)
-            content = torch.load(file, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except PermissionError:  # which is no damage
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        if isinstance(error, pickle.UnpicklingError):  # and this one is whole
-            reason = 'holds objects of another program'
-        raise SystemExit(f'error: {path} is not a readable {kind}: it {reason} '
-                         f'({type(error).__name__})') from None
+        raise SystemExit(f'error: {path} is not a readable {kind}: it is damaged, or of another '
+                         f'program ({type(error).__name__})') from None
     require(isinstance(content, dict), f'{path} is not a {kind}: it holds no dictionary')
     return content
 
@@ -89,49 +78,22 @@ def load(path, device='cpu'):
              if not isinstance(checkpoint.get(key, kind()), kind)]
     require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '
             f'a checkpoint: its {[*wrong, "model_args"][0]!r} is missing or damaged')
-    spec, known = checkpoint.get('tokenizer'), checkpoint['model_args']['vocab_size']
-    require(not spec or 0 < vocab_size_of(spec) <= known, f'{path} is damaged: its tokenizer has '
-            f'{vocab_size_of(spec):,} tokens, its model {known:,}')
     return checkpoint
 
 def load_to_resume(folder):
-    """last.pt of a run, or ckpt.pt of one that was stopped between its first two files. Raises
-    SystemExit, with the way on, if it is damaged or not from train.py."""
-    best, last = (os.path.join(folder, name) for name in FILES)
-    path = last if is_file(last) or not is_file(best) else best
-    require(is_file(path), f'no run to resume in {folder}: name the folder of one with --out_dir, '
-            f'or begin one without --init_from=resume')
-    try:
-        checkpoint = load(path)
-    except SystemExit as error:
-        if path == last and os.path.exists(best):
-            raise SystemExit(f'{error}; {best} is there still: rename it to last.pt to resume '
-                             f'from it, or start with --init_from={best}') from None
-        raise
+    """last.pt of a run. Raises SystemExit, with the way on, for one that is not from train.py."""
+    path = os.path.join(folder, 'last.pt')
+    require(os.path.isfile(path), f'no run to resume in {folder}: name the folder of one with '
+            f'--out_dir, or begin one without --init_from=resume')
+    checkpoint = load(path)
     for key, kind in TO_RESUME.items():
         require(isinstance(checkpoint.get(key), kind)
                 and (checkpoint[key] or key not in ('config', 'rng')),
                 f'{path} cannot be resumed: {key!r} is missing, as if another program wrote it; '
                 f'{WAY_ON.format(path)}')
-    run, counted = checkpoint['run'], {**checkpoint['run'], 'best': 0, 'val': 0}
-    require({key: type(value) for key, value in run.items()} == RUN and run['best'] > -math.inf
-            and can_be((counted, checkpoint['optimizer']))
-            and run['done'] == checkpoint.get('iter_num'), f'{path} cannot be resumed: it is '
-            f'damaged in its run or optimizer; {WAY_ON.format(path)}')
     known = {key: checkpoint[key] for key in ('task', 'model_type')}
     checkpoint['config'] = {**known, **checkpoint['config'], **checkpoint['model_args']}
     return checkpoint
-
-def can_be(value):
-    """Whether numbers of any depth are some that training counts and computes: finite, and below 0
-    in tensors of floats alone."""
-    if isinstance(value, (dict, list, tuple)):
-        return all(map(can_be, value.values() if isinstance(value, dict) else value))
-    if torch.is_tensor(value):
-        plain = value.layout == torch.strided and not value.is_complex()
-        lowest = value if plain and not value.is_floating_point() else torch.zeros(())
-        return plain and bool(value.isfinite().all() and (lowest >= 0).all())
-    return not isinstance(value, (int, float)) or 0 <= value < 2 ** 63
 
 def load_weights(model, state_dict):
     """Load weights of the same sizes; a longer position embedding is cut to the model's window, a
@@ -151,16 +113,8 @@ def load_weights(model, state_dict):
         weights[name] = weights[name][:len(own[name])]
     for name in sorted(own.keys() ^ weights.keys()):
         side = 'has no' if name in own else 'has a'
-        layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
-        remedy = (f'take as many layers as it has ({len(layers)}), the same model_type, and the '
-                  f'model.py of its training')
-        if name.startswith('carry_gate'):
-            remedy = f"take --carry={'plain' if name in own else 'gated'}"
-        elif name.endswith('past_gate'):
-            remedy = 'take model_type=fold, --past_gate=True and no larger n_local'
-        elif name == wpe:
-            remedy = f"take --position={'rotary' if name in own else 'learned'}"
-        raise SystemExit(f'error: the checkpoint {side} {name}: {remedy}')
+        raise SystemExit(f'error: the checkpoint {side} {name}: take the model_type, layers, '
+                         f'carry, position and past_gate of its training, and its model.py')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)
         remedy = f'a window or segment of {then[0]} at most' if name == wpe else 'the same sizes'
@@ -182,22 +136,15 @@ def load_model(checkpoint, model_type=None, device='cpu', **sizes):
     return model.to(device)
 
 def newest_run(task=None):
-    """The newest usable run under out/, of the given task if any. Each one passed over is named on
-    standard error, with the reason. Raises SystemExit if there is none."""
-    found = []
-    for folder in [os.path.join(ROOT, 'out'), *glob.glob(os.path.join(ROOT, 'out', '*', ''))]:
-        paths = [os.path.join(folder, name) for name in FILES]
-        found += [(os.path.getmtime(path), path) for path in paths if os.path.exists(path)][:1]
-    for _, path in sorted(found, reverse=True):
-        folder = os.path.relpath(os.path.dirname(path), ROOT)
-        try:
-            other = load(path)['task']
-        except (SystemExit, PermissionError) as error:
-            write(sys.stderr, f'{folder} is left out: {str(error).removeprefix("error: ")}\n')
-            continue
+    """The folder of the newest run under out/, of the given task if any; those of other tasks that
+    are passed over are named on standard error. Raises SystemExit if there is none."""
+    found = [path for place in ('last.pt', os.path.join('*', 'last.pt'))
+             for path in glob.glob(os.path.join(ROOT, 'out', place))]
+    for path in sorted(found, key=os.path.getmtime, reverse=True):
+        folder, other = os.path.dirname(path), load(path)['task']
         if task in (None, other):
-            return os.path.dirname(path)
-        write(sys.stderr, f'{folder} is left out: its task is {other!r}\n')
+            return folder
+        write(sys.stderr, f'{os.path.relpath(folder, ROOT)} is left out: its task is {other!r}\n')
     kind = f' on the task {task!r}' if task else ''
     raise SystemExit(f'error: no trained model{kind} under out/; {TRAIN_FIRST}')
 
@@ -229,22 +176,15 @@ def load_state(path, model, generator=None):
         state = Rows(**content['state'])
         for name, value in vars(new_state(model, len(state))).items():
             found = getattr(state, name)
-            if rowwise(shape_kind_finite, found) != rowwise(shape_kind_finite, value):
+            if rowwise(lambda x: x.shape, found) != rowwise(lambda x: x.shape, value):
                 raise ValueError
             setattr(state, name, rowwise(lambda x, y: x.to(y.device), found, value))
-        unknown = rowwise(lambda x: x.min() < 0 or x.max() >= model.config.vocab_size, state.tokens)
-        if state.read.min() < 0 or unknown or content['rng'].dtype != torch.uint8:
-            raise ValueError
         if generator and content['rng'].shape == generator.get_state().shape:
             generator.set_state(content['rng'])
     except Exception:  # whatever a file can hold in place of these tensors
         raise SystemExit(f"error: {path} is damaged: its tensors are not those of this model's "
-                         f'state, or not finite') from None
+                         f'state') from None
     return state
-
-def shape_kind_finite(x):
-    """What a tensor of a state has in common with that of any other state of its model."""
-    return x.shape, x.dtype, bool(x.isfinite().all())
 
 def check_run(folder, resumes):
     """Raise SystemExit if a file that a run writes is there, and of another program."""

@@ -12,10 +12,9 @@ not said). `model.config` is a dataclass with block_size and vocab_size. For spe
 token.
 """
 import math
-import re
+import os
 from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,17 +62,11 @@ def carries(model):
     """Whether a model has a carry, so that its context goes beyond what it reads at once."""
     return blank_carry(model) is not None
 
-def free_memory():
-    """Bytes that a process may still take, where the system says so; else infinity."""
-    found = []
-    with suppress(OSError, ValueError):
-        text = Path('/proc/meminfo').read_text()
-        found.append(1024 * int(re.search(r'MemAvailable: *(\d+)', text)[1]))
-    with suppress(OSError, ValueError):  # a container's; no number without a limit
-        limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text())
-                       for name in ('max', 'current'))
-        found.append(limit - used)
-    return min(found, default=math.inf)
+def memory():
+    """Bytes of memory of this machine; infinity where the system does not say."""
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return math.inf
 
 def make_model(model_type, sizes, copies=1):
     """A fresh model of MODELS, from a dictionary with the keys of its config. copies: how many
@@ -93,8 +86,8 @@ def make_model(model_type, sizes, copies=1):
         config = config_class(**given)
         n_layer, C = getattr(config, 'n_layer', 0), getattr(config, 'n_embd', 0)
         need = copies * 4 * (config.vocab_size + 12 * n_layer * C) * C  # a GPT's, about a peer's
-        require(need < free_memory(), f'this model takes some {need / 1e9:,.0f} GB, and '
-                f'{free_memory() / 1e9:,.0f} are free: make n_embd or the number of layers smaller')
+        require(need < memory(), f'this model takes some {need / 1e9:,.0f} GB, this machine has '
+                f'{memory() / 1e9:,.0f}: make n_embd or the number of layers smaller')
         return model_class(config)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None

@@ -3,9 +3,7 @@ lives."""
 import hashlib
 import os
 import re
-import stat
 import time
-from contextlib import suppress
 from textwrap import shorten
 
 from lib.console import Progress, require
@@ -49,11 +47,6 @@ def temporary_name(path):
 def is_temporary(name):
     """Whether this is a name that temporary_name() gives."""
     return re.fullmatch(r'\..+\.\d+\.tmp', name)
-
-def is_file(path):
-    """Whether path is a regular file. A PermissionError is passed on: it does not mean no."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return stat.S_ISREG(os.stat(path).st_mode)
 
 def check_kind(path, mark):
     """Raise SystemExit if what is at path is not of this program: a file without the mark in its

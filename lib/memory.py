@@ -5,10 +5,11 @@ from itertools import groupby
 import torch
 
 from configurator import at_least, numbers
-from lib.checkpoint import can_be
 from lib.console import require, say
 from lib.contract import carries, unit
+from lib.gradients import to_device
 from lib.processes import RANK, WORLD, from_all, from_writer, mean
+from lib.records import metric
 from lib.rows import Rows, rowwise
 
 APART = 1_000_003  # between the seeds of processes, and of tests: none draw the same numbers
@@ -67,8 +68,6 @@ class MemoryTask:
                 **{key: getattr(self, key) for key in self.KEPT}}
 
     def load_state(self, state, device):
-        if not can_be(state):
-            raise ValueError('task_state')
         require(len(state['processes']) == WORLD, f"the run is one of {len(state['processes'])} "
                 f'processes, each with sequences of its own: resume it with as many')
         for key in self.KEPT:
@@ -142,15 +141,23 @@ class WalkingTask(MemoryTask):
         return {'segments': self.stage, 'recall': round(self.recall, 4), 'walkers': len(ages),
                 'mean_age': round(sum(ages) / max(1, len(ages)))}
 
+def answer(model, x, y, carry, device):
+    """Of tokens x and targets y (B, T), -1 where nothing is asked for: the loss, which tokens are
+    right or not asked for (B, T), and the carry; on the device, which is not waited for."""
+    y = to_device(y, device)
+    logits, loss, carry = model(to_device(x, device), y, carry)
+    return loss, (logits.detach().argmax(dim=-1) == y) | (y < 0), carry
+
 def share(right, n, z=1.96):
     """right of n, as a metric or a point has it: the share and its 95 % interval (Wilson)."""
     p, center = right / n, (right + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (n * p * (1 - p) + z * z / 4) ** 0.5
     return {'value': p, 'low': max(0.0, center - half), 'high': min(1.0, center + half), 'n': n}
 
-def measure_distances(p, right_of):
-    """Points of a curve, the share of right answers against distance, by the settings distances,
-    sequences, far and far_sequences of p; right_of(distances, n) -> {distance: right of n}."""
+def measure_distances(p, what, chance, x, y, right_of):
+    """A probe's result: the share of right answers against distance, by the settings distances,
+    sequences, far and far_sequences of p; right_of(distances, n) -> {distance: right of n}. what is
+    measured, the share right by chance, and the names of the axes x and y."""
     at_least(p, sequences=1, far_sequences=1)
     distances, points = numbers('distances', p.distances), []
     for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
@@ -158,4 +165,6 @@ def measure_distances(p, right_of):
             points.append({'x': d, **share(right, n), 'right': right})
             say('{x:>9,} tokens: {value:.3f} [{low:.3f}, {high:.3f}], {right} of {n} right'.format(
                 **points[-1]))
-    return points
+    say(f'chance: {chance:g}')
+    return {'what': what, 'metrics': {'chance': metric(chance)}, 'notes': [],
+            'curves': {'recall': {'x': x, 'y': y, 'points': points}}}

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-import model
 from lib.console import count, require
 from lib.device import cpu_info
 from lib.files import write_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHAPE = {'what': str, 'command': str, 'commit': str, 'date': str, 'hardware': str, 'seeds': list,
-         'versions': dict, 'settings': dict, 'metrics': dict, 'curves': dict, 'notes': list}
+SHAPE = {'what', 'command', 'commit', 'date', 'hardware', 'seeds', 'versions', 'settings',
+         'metrics', 'curves', 'notes'}
 
 def portable(value):
     """A setting or a word of the command, its path as seen from the repository's folder."""
@@ -37,19 +36,18 @@ def git(words):
                           env={**env, 'GIT_CEILING_DIRECTORIES': above}).stdout.strip()
 
 def provenance(device='cpu'):
-    """Where a result comes from; attention: how model.py chooses its kernel."""
+    """Where a result comes from."""
     gpu, found = str(device).startswith('cuda'), re.search('model name.*: (.*)', cpu_info())
     cpu = found[1].strip() if found else platform.processor() or platform.machine()
     hardware = f"{cpu}, {count(os.cpu_count() or 1, 'core')}"
     hardware = torch.cuda.get_device_name() if gpu else hardware
     commit = git('rev-parse --short=12 HEAD') or 'unknown'
     changed = git('status --porcelain -uno -- . ":!results" ":!*.md"')
-    attention = 'fused' if gpu else f'fused from {model.FUSED_FROM} keys, else two products'
     return {'command': ' '.join([os.path.basename(sys.argv[0]), *map(portable, sys.argv[1:])]),
             'commit': commit + (' (changed)' if changed else ''),
             'date': datetime.date.today().isoformat(), 'hardware': hardware,
             'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)},
-            'threads': torch.get_num_threads(), 'attention': attention}
+            'threads': torch.get_num_threads()}
 
 def metric(value, error=None, n=None, **more):
     """A measured figure, its standard error, how many were measured; more: low, high, sd."""
@@ -62,17 +60,6 @@ def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=Non
     record = {'what': what, **provenance(device), 'seeds': list(seeds), 'settings': settings,
               'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
     return record if parts is None else {**record, 'parts': list(parts)}
-
-def is_record(value):
-    """Whether this has the shape of a record, and its parts as well."""
-    try:
-        return (all(isinstance(value[key], kind) for key, kind in SHAPE.items())
-                and all({'value', 'error', 'n'} <= m.keys() for m in value['metrics'].values())
-                and all({'x', 'value'} <= point.keys() and c.keys() == {'x', 'y', 'points'}
-                        for c in value['curves'].values() for point in c['points'])
-                and all(map(is_record, value.get('parts', []))))
-    except (AttributeError, KeyError, TypeError):
-        return False
 
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""
@@ -87,7 +74,8 @@ def load_record(path):
         record = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f'error: cannot read {path}: {error}') from None
-    require(is_record(record), f'{path} is no record as lib/records.py has it')
+    require(isinstance(record, dict) and SHAPE <= record.keys(),
+            f'{path} is no record as lib/records.py has it')
     return record
 
 def result_path(name, in_results):

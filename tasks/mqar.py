@@ -12,8 +12,7 @@ import torch
 
 from configurator import at_least
 from lib.console import require, say
-from lib.gradients import to_device
-from lib.memory import APART, MemoryTask, RandomSequences, share
+from lib.memory import APART, MemoryTask, RandomSequences, answer, share
 from lib.processes import RANK, WORLD, mean
 from lib.records import metric
 
@@ -52,14 +51,6 @@ def read_lengths(text):
                   f'them, pairs')
     return found
 
-def ask(model, sequences, B, T, pairs, device):
-    """Loss, and answered(): which answers are right (B, pairs), of fresh sequences."""
-    x, targets = sequences.new(B, T, pairs)
-    y = to_device(targets, device)
-    logits, loss, _ = model(to_device(x, device), y)
-    right = logits.detach().argmax(dim=-1) == y
-    return loss, lambda: right.cpu()[targets >= 0].view(B, pairs)
-
 class Task(MemoryTask):
     """Trains on all lengths, one at an update."""
 
@@ -83,9 +74,10 @@ class Task(MemoryTask):
         at = int(torch.randint(len(self.lengths), (), generator=self.shared))
         T, pairs = self.lengths[at]
         with self.autocast:
-            loss, answered = ask(self.model, self.sequences, self.B, T, pairs, self.device)
+            x, y = self.sequences.new(self.B, T, pairs)
+            loss, right, _ = answer(self.model, x, y, None, self.device)
         loss.backward()
-        self.follow(answered(), 0.05)
+        self.follow(right.cpu()[y >= 0], 0.05)
         return mean(loss.detach()), WORLD * self.B * T
 
     def figures(self):
@@ -98,9 +90,10 @@ class Task(MemoryTask):
 @torch.no_grad()
 def recall_of(model, s, T, pairs, n, device):
     """The share of right answers in n fresh sequences."""
-    sequences = Sequences(s, s.seed + APART * (1 + T))
-    some = [ask(model, sequences, len(rows), T, pairs, device)[1]()
-            for rows in torch.arange(n).split(50)]
+    sequences, some = Sequences(s, s.seed + APART * (1 + T)), []
+    for rows in torch.arange(n).split(50):
+        x, y = sequences.new(len(rows), T, pairs)
+        some.append(answer(model, x, y, None, device)[1].cpu()[y >= 0])
     return torch.cat(some).float().mean().item()
 
 def probe(model, saved, p, device):

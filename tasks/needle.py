@@ -16,7 +16,15 @@ from torch.nn.functional import pad
 from configurator import at_least, one_of
 from lib.console import Progress, count, require, say
 from lib.gradients import to_device
-from lib.memory import APART, PER_READ, RandomSequences, WalkingTask, measure_distances, share
+from lib.memory import (
+    APART,
+    PER_READ,
+    RandomSequences,
+    WalkingTask,
+    answer,
+    measure_distances,
+    share,
+)
 from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
@@ -130,15 +138,15 @@ class Task(WalkingTask):
     def read_and_ask(self, x, y, carry):
         """Read x (B, T) up to its last two segments, then, aside, those, with the question: targets
         y (B, T). Returns the loss, which rows are right (B,), and the carry before the question."""
-        x, y, tail = to_device(x, self.device), to_device(y, self.device), 2 * self.l
+        tail = 2 * self.l
         with self.autocast:
             if self.carries and x.size(1) > tail:
-                carry = self.model(x[:, :-tail], carry=carry)[2]
+                carry = self.model(to_device(x[:, :-tail], self.device), carry=carry)[2]
                 x, y = x[:, -tail:], y[:, -tail:]
             W = x.size(1) if self.carries else min(self.model.config.block_size, x.size(1))
-            logits, loss, _ = self.model(x.reshape(-1, W), y.reshape(-1, W), carry)
-        answers = logits.detach().argmax(dim=-1).view(y.shape)
-        return loss, ((answers == y) | (y < 0)).all(dim=1), carry
+            loss, right, _ = answer(self.model, x.reshape(-1, W), y.reshape(-1, W), carry,
+                                    self.device)
+        return loss, right.view(y.shape).all(dim=1), carry
 
     def new(self, F):
         """F segments and the two of the question, in any place of them without a carry."""
@@ -191,8 +199,8 @@ def recalled(model, s, distances, n, device):
             aside, x, fine = state.clone(), coming[:, :ahead].clone(), torch.ones(B).bool()
             y = test.put_question(x, keys, lead)
             for token, target in zip(x.split(1, dim=1), y.T):
-                answer = read_(model, token.to(device), aside).argmax(dim=-1).cpu()
-                fine &= (answer == target) | (target < 0)
+                given = read_(model, token.to(device), aside).argmax(dim=-1).cpu()
+                fine &= (given == target) | (target < 0)
             right[d] += int(fine.sum())
     progress.close()
     return right
@@ -203,12 +211,9 @@ def probe(model, saved, p, device):
     s = SimpleNamespace(**saved['config'])
     if p.file:
         return find_in_file(model, saved, p, device)
-    points = measure_distances(p, lambda some, n: recalled(model, s, some, n, device))
-    chance = DIGITS ** -s.key_length
-    say(f'chance: {chance:g}')
-    axes = {'x': 'tokens of filler between key and question', 'y': 'keys recalled'}
-    return {'what': 'recall', 'metrics': {'chance': metric(chance)}, 'notes': [],
-            'curves': {'recall': {**axes, 'points': points}}}
+    return measure_distances(p, 'recall', DIGITS ** -s.key_length,
+                             'tokens of filler between key and question', 'keys recalled',
+                             lambda some, n: recalled(model, s, some, n, device))
 
 def read_known(path, spec):
     """The ids of a text file (N,), its characters, and how many of them the vocabulary has not,

@@ -12,7 +12,7 @@ import torch
 from configurator import at_least
 from lib.console import Progress, require, say
 from lib.gradients import to_device
-from lib.memory import APART, MemoryTask, RandomSequences
+from lib.memory import APART, MemoryTask, RandomSequences, answer
 from lib.processes import RANK, WORLD, mean
 from lib.records import metric
 from lib.rows import Rows, rowwise
@@ -93,14 +93,13 @@ def read(model, rows, x, device):
     rows.carry = model(to_device(x, device), carry=rows.carry)[2]
 
 def ask(model, sequences, rows, which, device):
-    """Ask for the pairs which (B, Q), aside: the loss, and answered(): which answers are right
-    (B, Q), for which the device is waited for."""
-    x, targets = sequences.ask_for(rows, which)
-    each, y = len(x) // len(which), to_device(targets, device)
+    """Ask for the pairs which (B, Q), aside: the loss, and answered(): which answers are right, all
+    in one row, for which the device is waited for."""
+    x, y = sequences.ask_for(rows, which)
+    each = len(x) // len(which)
     carry = rowwise(lambda c: c.repeat_interleave(each, dim=0), rows.carry)
-    logits, loss, _ = model(to_device(x, device), y, carry)
-    right = logits.detach().argmax(dim=-1) == y
-    return loss, lambda: right.cpu()[targets >= 0].view(which.shape)
+    loss, right, _ = answer(model, x, y, carry, device)
+    return loss, lambda: right.cpu()[y >= 0]
 
 class Task(MemoryTask):
     """Trains in two lessons: all pairs in one segment, then pairs one a segment, walking on."""

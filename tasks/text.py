@@ -6,10 +6,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import at_least
-from lib.checkpoint import can_be
 from lib.console import Progress, require, say
 from lib.contract import border, carries, unit
-from lib.files import is_file
 from lib.gradients import backpropagate, piece
 from lib.history import probe_text as probe  # noqa: F401 (what probe.py measures)
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
@@ -32,7 +30,7 @@ set_aside = 0.0          # share of the training split, its end, that is kept fr
 def open_data(s, name):
     """Folder and meta of a data set, which is prepared now if it is missing."""
     folder = os.path.join(ROOT, s.data_dir, name)
-    if not is_file(os.path.join(folder, 'meta.json')):
+    if not os.path.isfile(os.path.join(folder, 'meta.json')):
         prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
     return folder, load_meta(folder)
 
@@ -177,8 +175,6 @@ class Task:
         return {'generator': self.generator.get_state(), 'at': self.at, 'carries': carries}
 
     def load_state(self, state, device):
-        if not can_be(state):
-            raise ValueError('task_state')
         self.generator.set_state(state['generator'])
         if self.s.stream:
             require(len(state['at']) == len(self.at), f"the checkpoint's streams are "

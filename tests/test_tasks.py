@@ -412,7 +412,7 @@ def test_keys_come_back_once_and_ask_for_their_value(T, count):
 class Finder(torch.nn.Module):
     """Knows the values of keys in sequences of 64 tokens."""
 
-    def forward(self, x, y):
+    def forward(self, x, y, carry):
         T, first = x.size(1), [[row.index(token) for token in row] for row in x.tolist()]
         values = x.gather(1, (torch.tensor(first) + 1).clamp(max=T - 1)) * (T == 64)
         return F.one_hot(values, 8192).float(), torch.zeros(()), None
