@@ -201,11 +201,14 @@ def speeds(side, size, T, s, turn=nullcontext):
             if not best:
                 raise
             return
-        yield {'batch': B, 'rate': speed, 'ready': ready, 'mb': machine.peak_mb(s.device),
-               'compiled': compiled()}
+        found = {'batch': B, 'rate': speed, 'ready': ready, 'mb': machine.peak_mb(s.device),
+                 'compiled': compiled()}
+        updates = compiled = None
+        torch.cuda.empty_cache()  # others may need the memory while this one waits
+        yield found
         if 4 * B > s.largest_batch or speed < 1.05 * best:
             return
-        B, best, begin, updates, compiled = 4 * B, speed, time.perf_counter(), None, None
+        B, best, begin = 4 * B, speed, time.perf_counter()
         torch.compiler.reset()
 
 def train_side(what, side, size, T, settings):

@@ -1,5 +1,6 @@
 """A micro-step, forward and backward, as a CUDA graph: thousands of kernels at one launch."""
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -15,17 +16,21 @@ def capture(work):
     own = torch.cuda.current_stream()
     random = torch.cuda.default_generators[torch.cuda.current_device()]
     kept, aside, graph = random.clone_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle()
     try:
         aside.wait_stream(own)
         with torch.cuda.stream(aside):
             for _ in range(3):  # what is compiled, tuned or allocated at first is not for a graph
                 work()
         own.wait_stream(aside)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             found = work()
-    except Exception:  # a capture that failed leaves its stream, and random numbers for graphs only
+    except Exception:  # a capture that failed leaves its stream, memory, and random numbers
         torch.cuda.set_stream(own)
         random.graphsafe_set_state(kept)
+        with suppress(Exception):  # nothing was allocated yet, or another version of torch
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         raise
 
     def replay():

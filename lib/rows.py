@@ -11,6 +11,13 @@ def rowwise(function, *values):
         return tuple(function(*each) for each in zip(*values))
     return function(*values)
 
+def index(rows, x):
+    """Rows, a slice, a list, a mask or indices, as x (B, ...) takes them without a wait."""
+    if not torch.is_tensor(rows):
+        return rows
+    rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+    return rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows.to(x.device)
+
 class Rows(SimpleNamespace):
     """Rows of a batch: each attribute is a tensor, a tuple of tensors, or None, rows first.
 
@@ -22,21 +29,19 @@ class Rows(SimpleNamespace):
         return len(first[0] if isinstance(first, tuple) else first)
 
     def pick(self, rows):
-        """A copy of some rows, in any order and number: a slice, a list, a mask or indices."""
-        rows = rows.cpu() if torch.is_tensor(rows) else rows  # serves tensors on every device
-        return Rows(**{name: rowwise(lambda x: x[rows].clone(), value)
+        """A copy of some rows, in any order and number: a slice, a list, or, on the CPU, a mask or
+        indices."""
+        return Rows(**{name: rowwise(lambda x: x[index(rows, x)].clone(), value)
                        for name, value in vars(self).items()})
 
     def clone(self):
         return self.pick(slice(None))
 
     def put(self, rows, other):
-        """Replace some rows, in place, by those of `other`; what `other` has not got stays."""
-        rows = rows.cpu() if torch.is_tensor(rows) else rows
-
+        """Replace some rows, as in pick(), by those of `other`; what `other` has not got stays."""
         def replace(mine, new):
             with torch.inference_mode(mine.is_inference()):  # as a state is that has been read into
-                mine[rows] = new.to(mine.dtype)
+                mine[index(rows, mine)] = new.to(mine.dtype)
         for name, value in vars(other).items():
             if value is not None:
                 rowwise(replace, getattr(self, name), value)

@@ -191,4 +191,5 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=0.0, generator=None):
     if top_p:
         beyond = probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True)
         probs[:, 1:] = probs[:, 1:].masked_fill(beyond[:, 1:], 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+    noise = torch.empty_like(probs).exponential_(generator=generator)  # multinomial() would wait
+    return order.gather(1, (probs / noise).argmax(dim=-1, keepdim=True))

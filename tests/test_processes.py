@@ -123,3 +123,15 @@ def test_an_environment_that_is_not_torchruns_is_told(monkeypatch, environment, 
         assert found == 'cpu' and not words
     except SystemExit as refused:
         assert words and words in refused.code
+
+def test_a_machine_that_dies_ends_the_others_with_a_line(data_dir, tmp_path):
+    words = flags(tmp_path / 'out', data_dir, max_iters=100_000, checkpoint_interval=2, threads=1)
+    one, two = start(words, words)
+    try:
+        assert any(line.startswith('iter 4') for line in one.stdout)
+        two.kill()
+        error = one.communicate(timeout=100)[1]
+    finally:
+        [process.kill() for process in (one, two)]
+    assert one.returncode == 1 and 'error: another process ended' in error, error
+    assert len(error.splitlines()) == 1 and load(tmp_path / 'out' / 'last.pt')['iter_num'] >= 2

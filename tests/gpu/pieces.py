@@ -25,7 +25,7 @@ from models import MODELS  # noqa: E402
 TINY = bool(os.environ.get('TINY'))
 DEVICE, DATASET = ('cpu', 'tiny') if TINY else ('cuda', 'shakespeare')
 SIZE, BATCH = ('1+1x16x2', 4) if TINY else ('3+3x384x6', 64)
-BATCHES = 3  # at most that a speed is measured at, each four times the one before
+BATCHES = 2  # at most that a speed is measured at, each four times the one before
 SIDES = {'GPT': ('gpt', 12, 256), 'fold l=12': ('fold', 12, 252),  # model, segment, sequence
          'fold l=32': ('fold', 32, 256), 'fold l=64': ('fold', 64, 256)}
 CASES = {  # of gradients: {piece: [(model, sizes)]}
@@ -111,14 +111,15 @@ def captured():
 def speed(name, way, gate):
     """Print a side's speed, batch by batch. At each it gets ready beside the other sides, says so,
     is measured alone, and says that: every answer is followed by a file, gate1, gate2 and so on,
-    that the session holds until all sides have answered."""
+    that the session holds until all sides have answered; gate0 is of the one that is measured."""
     files = (open(f'{gate}{number}', 'w') for number in count(1))
 
     @contextmanager
     def turn():
         print('@@{}', flush=True)
-        with next(files) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with next(files) as file, open(f'{gate}0', 'w') as alone:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            fcntl.flock(alone, fcntl.LOCK_EX)
             yield
     (kind, l, T), n = SIDES[name], '2' if TINY else '20'
     s = configure(vars(bench), [f'--segment_size={l}', f'--batch_size={BATCH}', '--threads=1',

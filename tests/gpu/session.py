@@ -131,15 +131,16 @@ def answers(lines):
 
 def judge(name, words, wanted, until):
     """Whether a script ends well and prints what is wanted of it; an error is to end it."""
-    begun = time.monotonic()
-    code, lines = call(words, min(left(until) - 8, 170))
+    begun, most = time.monotonic(), min(left(until) - 8, 170)
+    code, lines = call(words, most)
     for found in answers(lines):
         note(*found)
     without = [line for line in lines if 'does not work here' in line]
     good = code == wanted.startswith('error: ') and any(wanted in line for line in lines)
     why = 'out of time' if code is None else f'exit code {code}: {lines[-1]}'
     why = without[0] if without else '' if good else why
-    note(name, 'FAILED' if why else 'ok', why[:200], round(time.monotonic() - begun, 1))
+    result = 'ok' if not why else 'not measured' if code is None and most < 170 else 'FAILED'
+    note(name, result, why[:200], round(time.monotonic() - begun, 1))
     return not why
 
 def run_chain(chain, until):
@@ -213,6 +214,8 @@ def speed(work, until):
         for gate in gates[:min(waited, default=0)]:
             fcntl.flock(gate, fcntl.LOCK_UN)
     for key, process in sides.items():
+        if process.poll() is None and heard.get(key):
+            note(f'speed {key[0]}, {key[1]}, a larger batch', 'not measured', 'no time was left')
         end(process)
         if f'{key[0]}, {key[1]}{SPEED}' not in record['metrics']:
             last = ['', *lines_of(work, *key)][-1][:200]

@@ -15,6 +15,8 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=$([ -n "${TINY:-}" ] && e
 [ -f "$CORPUS" ] || { echo "error: no text at CORPUS=$CORPUS: name a copy of tiny Shakespeare"; exit 2; }
 CORPUS=$(realpath "$CORPUS")
 mkdir -p "$OUT" && OUT=$(realpath "$OUT") || exit 2
+[ -w "$OUT" ] || { echo "error: cannot write to OUT=$OUT: name another folder"; exit 2; }
+[[ ${BUDGET:-0} =~ ^[0-9]+$ ]] || { echo "error: BUDGET=$BUDGET must be whole seconds"; exit 2; }
 found='from importlib.util import find_spec; assert find_spec("torch") and find_spec("numpy")'
 for python in "${PYTHON:-}" python3 python; do
     [ -n "$python" ] && "$python" -c "$found" 2> /dev/null && break
