@@ -103,30 +103,24 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, before=None, cache=None):
         """x (B, T, C) -> (B, T, C): what each position gathers from those up to it, or of them from
-        the last `window`, itself included; and the keys and values of x, (B, 2, H, T, C/H).
+        the last `window`, itself included; and all keys and values, (B, 2, H, S, C/H).
 
-        before (B, 2, H, P, C/H): keys and values that stand before those of x, not turned either.
-        cache (B, 2, H, S, C/H): room for all that are seen, turned; the last P + T are filled in.
+        before (B, 2, H, P, C/H): keys and values that stand before those of x.
+        cache (B, 2, H, S, C/H): room for all keys and values; the last P + T are filled in.
         """
-        qkv = self.heads(self.c_attn(x))  # (B, 3, H, T, C/H)
-        T, own = x.size(1), qkv[:, 1:]
-        seen = own if before is None else torch.cat((before, own), dim=3)  # P + T of them
-        if self.window and cache is None:
-            y = self.slide(qkv[:, 0], *seen.unbind(1))
+        qkv, T = self.heads(self.c_attn(x)), x.size(1)  # (B, 3, H, T, C/H)
+        q, seen = qkv[:, 0], qkv[:, 1:]
+        if before is not None:
+            seen = torch.cat((before, seen), dim=3)
+        if cache is not None:
+            cache[:, :, :, -seen.size(3):] = seen
+            seen = cache
+        k, v = seen.unbind(1)
+        if 0 < self.window < T:
+            y = self.slide(q, k, v)
         else:
-            n = seen.size(3)  # keys to be turned, P + T
-            S = n if cache is None else cache.size(3)  # keys that are attended to
-            if before is None:
-                q, k = self.turn(qkv[:, :2], S - T).unbind(1)
-            else:
-                q, k = self.turn(qkv[:, 0], S - T), self.turn(seen[:, 0], S - n)
-            v = seen[:, 1]
-            if cache is not None:
-                cache[:, 0, :, S - n:], cache[:, 1, :, S - n:] = k, v
-                begin = max(0, S - self.window - T + 1) if self.window else 0
-                k, v = cache[..., begin:, :].unbind(1)
-            y = self.attend(q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(x.shape)), own
+            y = self.attend(self.turn(q), self.turn(k), v)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape)), seen
 
     def keys_and_values(self, x):
         """Of states x (B, P, C) that ask nothing themselves: (B, 2, H, P, C/H)."""
@@ -138,33 +132,36 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         return x.view(B, T, -1, self.n_head, self.head_size).permute(0, 2, 3, 1, 4)
 
-    def turn(self, x, place):
-        """Queries or keys (..., n, C/H), turned by their places in the window, `place` and on."""
-        if not self.rotary_base:
+    def turn(self, x):
+        """Queries or keys (..., n, C/H), turned by their distances from the last, which stays: a
+        score depends on the difference of two places alone."""
+        n, D = x.shape[-2:]
+        if not self.rotary_base or n == 1:
             return x
-        D, end = self.head_size, place + x.size(-2)
-        places = 1 << (end - 1).bit_length()  # few different tables
+        places = 1 << (n - 1).bit_length()  # few different tables
         cos, sin = rotary(places, D, self.rotary_base, x.dtype, x.device)
-        return torch.addcmul(x * cos[place:end], x.roll(D // 2, dims=-1), sin[place:end])
+        return torch.addcmul(x * cos[-n:], x.roll(D // 2, dims=-1), sin[-n:])
 
     def slide(self, q, k, v):
-        """Attention of q (B, H, T, C/H), block by block of l = `window`, each in a window of two
-        blocks. k, v (B, H, T, C/H), or (B, H, l + T, C/H) with those of a block before."""
+        """attend() of more than l = `window` queries (B, H, T, C/H), block by block of l, each in a
+        window of two blocks. k, v (B, H, T, C/H), or (B, H, l + T, C/H) with a block before."""
         T, l = q.size(2), self.window
         if k.size(2) == T:  # nothing is before: the first block is alone
-            first = self.attend(*(self.turn(x[:, :, :l], 0) for x in (q, k)), v[:, :, :l])
-            return first if T <= l else torch.cat((first, self.slide(q[:, :, l:], k, v)), dim=2)
+            first = self.attend(*(self.turn(x[:, :, :l]) for x in (q, k)), v[:, :, :l])
+            return torch.cat((first, self.slide(q[:, :, l:], k, v)), dim=2)
         q, k, v = (F.pad(x, (0, 0, 0, -T % l)) for x in (q, k, v))
-        q = self.turn(q.unflatten(2, (-1, l)), l).flatten(0, 1)  # (B*H, N_s, l, C/H)
+        q = q.unflatten(2, (-1, l)).flatten(0, 1)  # (B*H, N_s, l, C/H)
         k, v = (x[:, :, 1:].unfold(2, 2 * l - 1, l).mT.flatten(0, 1) for x in (k, v))
-        y = self.attend(q, self.turn(k, 1), v)  # to k, v (B*H, N_s, 2l - 1, C/H)
+        y = self.attend(self.turn(q), self.turn(k), v)  # to k, v (B*H, N_s, 2l - 1, C/H)
         return y.flatten(1, 2)[:, :T].unflatten(0, (-1, self.n_head))
 
     def attend(self, q, k, v):
         """Softmax attention of q (A, B, n, D) to k, v (A, B, S, D): the last query sees the last
         `window` of them, or all, the one before it those one earlier, and so on."""
         (A, B, n, D), p = q.shape, self.dropout if self.training else 0.0
-        S, window = k.size(2), self.window or k.size(2)
+        window = self.window or k.size(2)
+        k, v = (x[:, :, -(n + window - 1):] for x in (k, v))  # what any of them sees
+        S = k.size(2)
         fused = n == 1 or S >= FUSED_FROM or q.is_cuda
         causal = 1 < n == S
         mask = None if fused and (n == 1 or causal) else band(n, S, window, q.dtype, q.device)
@@ -206,10 +203,11 @@ def band(n, S, window, dtype, device):
 
 @cached
 def rotary(places, D, base, dtype, device):
-    """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) for
-    heads of D channels, of which i and i + D/2 are turned together: (2, places, D)."""
+    """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), the
+    last of which is 0, for heads of D channels, of which i and i + D/2 are turned together:
+    (2, places, D)."""
     speeds = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)  # radians a place
-    angles = torch.arange(places)[:, None] * speeds.repeat(2)
+    angles = torch.arange(1 - places, 1)[:, None] * speeds.repeat(2)
     signs = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)
     return angles.cos().to(device, dtype), (angles.sin() * signs).to(device, dtype)
 
@@ -236,11 +234,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x, before=None, cache=None):
-        """x (B, T, C) -> (B, T, C), one layer on, and its keys and values, as in the attention."""
-        y, own = self.attn(self.ln_1(x), before, cache)
+    def forward(self, x, *others):
+        """x (B, T, C) -> (B, T, C), one layer on, with what else the attention takes and gives."""
+        y, seen = self.attn(self.ln_1(x), *others)
         x = x + torch.dropout(y, self.dropout, self.training)
-        return x + torch.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training), own
+        return x + torch.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training), seen
 
 class LocalBlock(Block):
     """Layer i of the local transformer, X^s_{i-1,0} -> X^s_{i,0} (eq. 16), shown one segment, or
@@ -255,16 +253,13 @@ class GlobalBlock(Block):
             self.attn = GatedAttention(config)
 
     def forward(self, past, current, cache=None, frozen=False):
-        """X^{s-1}_{N,N+i-1} (B, l, C) and X^s_{N,i-1} (B, n, C) -> both, one layer on.
-
-        past None: there is none, or it is in the cache. frozen: it gives keys and values alone, as
-        it came.
-        """
+        """X^{s-1}_{N,N+i-1} (B, l, C) and X^s_{N,i-1} (B, n, C) -> both, one layer on. past None:
+        there is none, or it is in the cache. frozen: it gives keys and values alone, as it came."""
         if past is None or frozen:
             before = None if past is None else self.attn.keys_and_values(self.ln_1(past))
             return past, super().forward(current, before, cache)[0]
         l = past.size(1)
-        window, _ = super().forward(torch.cat((past, current), dim=1), cache=cache)  # (B, l + n, C)
+        window, _ = super().forward(torch.cat((past, current), dim=1), None, cache)  # (B, l + n, C)
         past = window[:, :l]  # eq. 13: under the causal mask it has attended within itself
         current = window[:, l:]  # eq. 17: to the past half and, causally, to itself (eq. 14)
         return past, current
@@ -310,7 +305,8 @@ class GPT(nn.Module):
             raise ValueError(f'block_size={most}: the model cannot read {T} tokens at once')
         if carry is not None and carry.shape[4:5] != (window,):
             raise ValueError(f'the carry is not of a whole segment of {window} tokens')
-        x, carry = self.run_blocks(self.transformer.h, self.embed(idx), carry)
+        keep = (T - 1) % window + 1 if window else 0  # tokens of the last segment
+        x, carry = self.run_blocks(self.transformer.h, self.embed(idx), carry, keep)
         return *self.head(x, targets), carry
 
     def embed(self, idx, place=0):
@@ -323,17 +319,16 @@ class GPT(nn.Module):
             x = x + wpe[place:end]
         return torch.dropout(x, self.config.dropout, self.training)
 
-    def run_blocks(self, blocks, x, kept=None, cache=None):
-        """x (B, T, C) -> (B, T, C) after the blocks, and, if their window slides, their keys and
-        values of the last segment, (B, n, 2, H, l, C/H); kept: those of the segment before x."""
-        new, window = [], blocks[0].attn.window if blocks else 0
+    def run_blocks(self, blocks, x, before=None, keep=0, caches=None):
+        """x (B, T, C) -> (B, T, C) after the blocks, and the last `keep` keys and values of each,
+        (B, n, 2, H, keep, C/H), or None; before, caches: the attention's, stacked alike."""
+        kept = []
         for i, block in enumerate(blocks):
-            before = None if kept is None else kept[:, i]
-            x, own = block(x, before, None if cache is None else cache[:, i])
-            if window:
-                last = (x.size(1) - 1) // window * window  # where the last segment begins
-                new.append(own[:, :, :, last:])
-        return x, torch.stack(new, dim=1) if new else None
+            own = (None if some is None else some[:, i] for some in (before, caches))
+            x, seen = block(x, *own)
+            if keep:
+                kept.append(seen[:, :, :, -keep:])
+        return x, torch.stack(kept, dim=1) if kept else None
 
     def head(self, x, targets=None):
         """Final layer norm, output matrix, cross entropy (eq. 15): x (B, T, C) -> logits, loss."""
@@ -341,32 +336,6 @@ class GPT(nn.Module):
             return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def new_cache(self, B):
-        """Room for the keys and values of a whole window: (B, n_layer, 2, H, S, C/H)."""
-        places = 2 * self.config.window or self.config.block_size
-        return self.new_caches(B, self.config.n_layer, places)
-
-    def new_caches(self, B, n_layer, places):
-        H, D = self.config.n_head, self.config.n_embd // self.config.n_head
-        return self.lm_head.weight.new_zeros(B, n_layer, 2, H, places, D)
-
-    def extend(self, idx, place, carry, cache, first):
-        """The next tokens of a window or open segment, idx (B, n) from `place` on, through the
-        cache, which is filled in: logits (B, V) of the token that follows, and the carry, in place.
-        first: no segment is before."""
-        x = self.run_cached(self.transformer.h, self.embed(idx, place), place, carry, cache, first)
-        return self.head(x)[0][:, -1], carry
-
-    def run_cached(self, blocks, x, place, kept, cache, first):
-        """run_blocks() of the next tokens of an open segment; kept and cache change in place."""
-        end = place + x.size(1)
-        if kept is None:
-            return self.run_blocks(blocks, x, cache=cache[..., :end, :])[0]
-        l, before = kept.size(4), None if first or place else kept
-        x, new = self.run_blocks(blocks, x, before, cache[..., l if first else 0:l + end, :])
-        kept[..., place:end, :] = new
-        return x
 
 class FoldGPT(GPT):
     """The folded model: parameters of a GPT with a window of one segment, and gates if asked."""
@@ -401,9 +370,9 @@ class FoldGPT(GPT):
     def local(self, idx, kept=None):
         """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
         x, blocks = self.embed(idx), list(self.transformer.h)[:self.config.n_local]
-        if self.slides:
-            return self.run_blocks(blocks, x, kept)
         (B, T, C), l = x.shape, self.config.segment_size
+        if self.slides:
+            return self.run_blocks(blocks, x, kept, keep=(T - 1) % l + 1)
         segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
         x, _ = self.run_blocks(blocks, segments)  # eq. 16
         return x.view(B, -1, C)[:, :T], None
@@ -446,24 +415,3 @@ class FoldGPT(GPT):
         old = old[:, :new.size(1)]
         g = self.carry_gate(torch.cat((old, new), dim=-1)).sigmoid()
         return g * old + (1 - g) * new
-
-    def new_cache(self, B):
-        """Room for keys and values: (B, n_local, 2, H, l, C/H), of 2l places if local layers slide,
-        and (B, n_global, 2, H, 2l, C/H)."""
-        c, l = self.config, self.config.segment_size
-        local = self.new_caches(B, c.n_local, 2 * l if self.slides else l)
-        return local, self.new_caches(B, c.n_global, 2 * l)
-
-    def extend(self, idx, place, carry, cache, first):
-        """As GPT's. In the carry, places up to the last token read hold this segment's output; the
-        others still hold that of the segment before."""
-        old, kept = carry if isinstance(carry, tuple) else (carry, None)
-        l, end = self.config.segment_size, place + idx.size(1)
-        blocks = list(self.transformer.h)[:self.config.n_local]
-        x = self.run_cached(blocks, self.embed(idx, place), place, kept, cache[0], first)
-        past = None if first or place else old
-        begin = l if first or self.config.past == 'none' else 0
-        output = self.globally(past, x, cache[1][..., begin:l + end, :])
-        output = self.carried(None if first else old[:, place:], output)
-        old[:, place:end] = output if self.config.recurrent else x
-        return self.head(output)[0][:, -1], carry

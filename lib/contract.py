@@ -7,9 +7,8 @@ left out. Without: None for a loss, and the logits of the last position, (B, 1, 
 the model keeps nothing (it then reads at most config.block_size tokens at once), else a tensor or a
 flat tuple of tensors, rows first, valid after whole recurrence steps of `model.unit` tokens (1 if
 not said). `model.config` is a dataclass with block_size and vocab_size. For speed a model may have
-`new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in model.py; without them, or with
-`extend = None` in place of an inherited one, the open recurrence step is computed anew for every
-token.
+`new_cache(B)` and `extend(idx, place, carry, cache, first)`, as in models/cached.py; without them
+the open recurrence step is computed anew for every token.
 """
 import math
 import os

@@ -1,5 +1,6 @@
 """The models: MODELS[model_type] = (config class, model class). Their contract: lib/contract.py."""
-from model import GPT, FoldConfig, FoldGPT, GPTConfig
+from model import FoldConfig, GPTConfig
+from models.cached import GPT, FoldGPT
 from models.deltanet import DeltaNet
 from models.feedback import Feedback, FeedbackConfig
 from models.infini import Infini, InfiniConfig

@@ -27,7 +27,7 @@ class GatedDeltaRule(CausalSelfAttention):
         self.A = nn.Parameter(torch.empty(H).uniform_(1, 16).log())  # as Mamba2 begins
         self.b = nn.Parameter(torch.logspace(-3, -1, H).expm1().log())  # softplus(b): 0.001 to 0.1
 
-    def forward(self, x, memory=None, cache=None):
+    def forward(self, x, memory=None):
         """x (B, n, C) -> (B, n, C); memory, before and after: S (B, H, D, D), and the inputs of
         the convolution of the last tokens, (B, 3, 3C)."""
         (B, _, C), H, D = x.shape, self.n_head, self.head_size

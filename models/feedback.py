@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from model import CausalSelfAttention
 from models.peer import Peer, PeerConfig
@@ -26,9 +27,9 @@ class FeedbackConfig(PeerConfig):
         super().__post_init__()
 
 class FeedbackAttention(CausalSelfAttention):
-    def forward(self, x, memory, cache=None):
+    def forward(self, x, memory):
         """x (B, 1, C) -> (B, 1, C); memory: turned keys, and values, each (B, H, tau, D)."""
-        q = self.turn(self.heads(self.c_attn(x))[:, 0], memory[0].size(2))  # (B, H, 1, D)
+        q = self.heads(self.c_attn(x))[:, 0]  # (B, H, 1, D)
         return self.c_proj(self.attend(q, *memory).transpose(1, 2).reshape(x.shape)), None
 
 class Feedback(Peer):
@@ -49,7 +50,8 @@ class Feedback(Peer):
         memory = x.new_zeros(len(x), tau, x.size(-1)) if carry is None else carry
         seen = attn.heads(self.c_memory(self.ln_m(memory)))  # (B, 2, H, tau, D)
         for x_t in x.split(1, dim=1):
-            layers, read = [x_t], (attn.turn(seen[:, 0], 0), seen[:, 1])
+            k = F.pad(seen[:, 0], (0, 0, 0, 1))  # the place of x_t is the last
+            layers, read = [x_t], (attn.turn(k)[:, :, :-1], seen[:, 1])
             for block in self.transformer.h:
                 layers.append(block(layers[-1], read)[0])  # (a)
             m_t = torch.stack(layers, dim=-1) @ self.w.softmax(dim=0)  # (B, 1, C); (b)

@@ -37,10 +37,10 @@ class InfiniAttention(CausalSelfAttention):
         self.update = config.update
         self.beta = nn.Parameter(torch.zeros(config.n_head))
 
-    def forward(self, x, memory=None, cache=None):
+    def forward(self, x, memory=None):
         """x (B, l, C) -> (B, l, C); memory: [M, z] (B, H, D, D + 1), before and after."""
         q, k, v = self.heads(self.c_attn(x)).unbind(1)  # (B, H, l, D)
-        local = self.attend(self.turn(q, 0), self.turn(k, 0), v)  # eq. 2
+        local = self.attend(self.turn(q), self.turn(k), v)  # eq. 2
         q, k, gate = F.elu(q) + 1, F.elu(k) + 1, self.beta.sigmoid()[:, None, None]
         if memory is None:
             memory = x.new_zeros(len(x), self.n_head, self.head_size, self.head_size + 1)

@@ -17,7 +17,7 @@ from models.peer import Peer
 class LinearAttention(CausalSelfAttention):
     """Attention whose weights are products of features."""
 
-    def forward(self, x, memory=None, cache=None):
+    def forward(self, x, memory=None):
         """x (B, n, C) -> (B, n, C); memory: [S, Z] (B, H, D, D + 1), before and after."""
         q, k, v = self.heads(self.c_attn(x)).unbind(1)  # (B, H, n, D)
         q, k = F.elu(q) + 1, F.elu(k) + 1

@@ -37,7 +37,6 @@ class PlacelessConfig(PeerConfig):
 class Peer(GPT):
     """A GPT that reads `unit` tokens, or `at_once` if a memory is exact anywhere, and then moves
     the memory on: its carry, of one tensor a layer if step() does not say otherwise."""
-    extend = None  # a GPT's caches know nothing of the memory
     attention = CausalSelfAttention  # of a layer; as `before` it takes the memory, or None
     at_once = 0
 

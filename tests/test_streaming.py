@@ -19,8 +19,9 @@ from lib.streaming import (
     sample_token,
     stream,
 )
-from model import GPT, FoldConfig, FoldGPT, GPTConfig
+from model import FoldConfig, GPTConfig
 from models import MODELS
+from models.cached import GPT, FoldGPT
 
 l = 4  # of the folds' segments
 CASES = {
