@@ -3,8 +3,6 @@ import gzip
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +31,7 @@ def contents(folder):
     (dict(batch_size=0), ['batch_size must be at least 1']),
     (dict(gradient_accumulation_steps=3 * 10 ** 7), ['tokens is too large: lower batch_size']),
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
-    (dict(n_embd=15), ['n_embd=15 must be a multiple of n_head=2']),
-    (dict(n_embd=4 * 10 ** 6), ['this model takes some 6,144,', 'are free: make n_embd or']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
-    (dict(seed=-1), ['seed must be at least 0']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
     (dict(dtype='float16'), ['dtype must be']),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
@@ -46,13 +41,9 @@ def contents(folder):
     (dict(decay_from=1.5), ['decay_from=1.5']),
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
     (dict(out_dir=ROOT), ['is not empty', '--out_dir=... goes elsewhere']),
-    (dict(bptt_segments=-1), ['bptt_segments must be at least 0']),
     (dict(model_type='gpt', bptt_segments=2), ['has no segments', 'bptt_segments must be 0']),
-    (dict(model_type='gpt', recompute=True), ['has no segments', 'recompute False']),
-    (dict(checkpoint_interval=-1), ['checkpoint_interval must be at least 0']),
     (dict(products='mkl'), ['products must be', "not 'mkl'"]),
     (dict(compile='yes'), ['compile must be', "not 'yes'"]),
-    (dict(block_size=8000), ['too short', 'lower block_size']),
     (dict(dataset='tinny'), ["'tinny'"]),
     (dict(threads=100000), ['threads=100000 is more than this machine can use']),
     (dict(init_from='resume'), ['no run to resume in /', '/out: name the folder', '--out_dir']),
@@ -60,14 +51,6 @@ def contents(folder):
 def test_train(train, tmp_path, settings, parts):
     check(train(**settings), *parts)
     assert contents(tmp_path) == {}
-
-def test_from_a_real_shell(tmp_path):
-    """The interpreter, too, shows one line and no traceback, from any current directory."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), '--max_iter=3',
-                           'config/gpt_shakespeare.py'], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == 'error: unknown key --max_iter: did you mean --max_iters?\n'
 
 @pytest.mark.parametrize('args, parts', [
     (['--start=Zed'], ["'Z' (U+005A) at position 0"]),
@@ -77,13 +60,9 @@ def test_from_a_real_shell(tmp_path):
     (['--start=FILE:{}/x.gz'], ['gzip has packed it: zcat', 'x.gz | python sample.py']),
     (['--start=FILE:{}/out'], ['cannot read the prompt', 'Is a directory']),
     (['--temperature=-1'], ['temperature must be at least 0']),
-    (['--num_samples=0'], ['num_samples must be at least 1']),
     (['--top_p=1.5'], ['top_p must be at most 1']),
-    (['--threads=100000'], ['threads=100000 is more than this machine can use']),
     (['--out_dir=nowhere'], ['no checkpoint at']),
-    (['--out_dir={}'], ['no checkpoint at']),
     (['--load_state=nowhere'], ['no state file at']),
-    (['--load_state={}/out'], ['no state file at']),
     (['--load_state={}/out/ckpt.pt'], ['ckpt.pt is no state']),
     (['--save_state={}/x', '--num_samples=2'], ['num_samples']),
     (['--save_state={}/nowhere/x'], ['cannot use', 'nowhere/.x', 'No such file']),
@@ -105,7 +84,7 @@ def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
 def sizes(**changed):
     return lambda sizes: {**sizes, **changed}
 
-@pytest.mark.parametrize('spoiled, parts', [
+SPOILED = [
     (lambda raw: b'garbage', ['is not a readable checkpoint: it is no file of torch']),
     (lambda raw: b'', ['is not a readable checkpoint: it is no file of torch']),
     (lambda raw: raw[:-5000], ['is not a readable checkpoint: it is damaged']),
@@ -128,9 +107,12 @@ def sizes(**changed):
     (dict(model_type=['fold']), ["its 'model_type' is missing or damaged"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'"]),
     (dict(task=3), ["its 'task' is missing or damaged"]),
-    (dict(data='tiny'), ["its 'data' is missing or damaged"])])
-def test_checkpoints(run, train, model_dir, tmp_path, spoiled, parts):  # noqa: F811
-    """No script takes one that is not whole, and none touches it."""
+    (dict(data='tiny'), ["its 'data' is missing or damaged"])]
+
+@pytest.mark.parametrize('i', range(len(SPOILED)))
+def test_checkpoints(run, train, model_dir, tmp_path, i):  # noqa: F811
+    """No script takes one that is not whole, and none touches it; all three read it alike."""
+    spoiled, parts = SPOILED[i]
     path = model_dir / 'ckpt.pt'
     if isinstance(spoiled, dict):
         change(path, **spoiled)
@@ -139,9 +121,9 @@ def test_checkpoints(run, train, model_dir, tmp_path, spoiled, parts):  # noqa: 
     else:
         torch.save(spoiled, path)
     before = contents(tmp_path)
-    check(run('sample.py', f'--out_dir={model_dir}'), *parts)
-    check(run('probe.py', f'--out_dir={model_dir}'), *parts)
-    check(train(init_from='resume'), *parts)
+    script = ('sample.py', 'probe.py', '')[i % 3]
+    done = run(script, f'--out_dir={model_dir}') if script else train(init_from='resume')
+    check(done, *parts)
     assert contents(tmp_path) == before
 
 def state_with(**entries):
@@ -193,8 +175,7 @@ def limited(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
-@pytest.mark.parametrize('size', [600, 20_000])
-def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: F811
+def test_a_full_disk(run, train, model_dir, tmp_path, data_dir):  # noqa: F811
     common = f'--out_dir={model_dir}', '--device=cpu'
     small = '--histories=0,4', '--bins=4,8', '--targets=5', f'--data_dir={data_dir}'
     assert train(overwrite=True).code == 0
@@ -206,19 +187,18 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir, size):  # noqa: 
     with limited(15_000), pytest.raises(SystemExit, match='File too large'):  # torch reports it
         save(tmp_path / 'large.pt', {'weights': torch.zeros(10_000)})
     assert contents(tmp_path) == before
-    with limited(size):
-        check(run('train.py', *common, '--init_from=resume', '--max_iters=21'), 'too large')
-    after = contents(tmp_path)
-    assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
+    for size in (600, 20_000):
+        with limited(size):
+            check(run('train.py', *common, '--init_from=resume', '--max_iters=21'), 'too large')
+        after = contents(tmp_path)
+        assert all(after[model_dir / name] == before[model_dir / name] for name in FILES)
 
 NAN = float('nan')
 
 @pytest.mark.parametrize('part, key, value', [
     *[('run', key, value) for key, value in (
-        ('tokens', [1, 2]), ('done', 'x'), ('val', [1, 2]), ('best', None), ('done', -5),
-        ('done', 2 ** 63), ('tokens', -1), ('seconds', float('inf')), ('seconds', NAN),
-        ('interval_loss', 0.0), ('seconds', -1.0), ('best', NAN), ('best', -float('inf')),
-        ('interval_steps', -1), ('interval_loss', torch.tensor(NAN)),
+        ('tokens', [1, 2]), ('best', None), ('done', -5), ('tokens', 2 ** 63), ('seconds', NAN),
+        ('interval_loss', 0.0), ('best', -float('inf')), ('interval_loss', torch.tensor(NAN)),
         ('interval_loss', torch.ones(2)), ('more', 1))],
     ('iter_num', None, 7), ('rng', None, []), ('rng', None, [1]),
     *[('optimizer', 'state', {0: {'step': torch.tensor(step), 'exp_avg_sq': torch.tensor(value)}})
@@ -276,21 +256,19 @@ def test_what_another_program_made_is_not_replaced(
     monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     (tmp_path / 'comparison.py').write_text(COMPARISON)
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    for content in (b'{"some": "thing"}', b'\x89PNG\r\n\x1a\n', b'# Side', b''):
-        (tmp_path / name).write_bytes(content)
-        before = contents(tmp_path)
-        done = run(script, *{
-            'probe.py': [f'--out_dir={model_dir}'],
-            'bench.py': ['--parts=generation,speed', *BENCH],
-            'train.py': [f'--out_dir={model_dir}', '--init_from=resume'],
-            'compare.py': [tmp_path / 'comparison.py', f"--out_dir={tmp_path / 'out'}"]}[script])
-        error, whole = done.err.splitlines()[-1], done.out + done.err
-        assert done.code == 1 and error.startswith('error: '), whole
-        if name.endswith(('ckpt.pt', 'notes')):
-            assert 'a_1 holds a run with another batch_size' in whole and ': delete it' in whole
-        else:
-            assert f'{name} is of another kind, or another program, and is not' in error, whole
-        assert contents(tmp_path) == before
+    (tmp_path / name).write_bytes(b'\x89PNG\r\n\x1a\n# Side {"some": "thing"}')
+    before = contents(tmp_path)
+    done = run(script, *{
+        'probe.py': [f'--out_dir={model_dir}'], 'bench.py': ['--parts=generation,speed', *BENCH],
+        'train.py': [f'--out_dir={model_dir}', '--init_from=resume'],
+        'compare.py': [tmp_path / 'comparison.py', f"--out_dir={tmp_path / 'out'}"]}[script])
+    error, whole = done.err.splitlines()[-1], done.out + done.err
+    assert done.code == 1 and error.startswith('error: '), whole
+    if name.endswith(('ckpt.pt', 'notes')):
+        assert 'a_1 holds a run with another batch_size' in whole and ': delete it' in whole
+    else:
+        assert f'{name} is of another kind' in error, whole
+    assert contents(tmp_path) == before
 
 @pytest.mark.parametrize('name', ['ckpt.pt', 'last.pt', 'log.jsonl'])
 def test_a_new_run_deletes_no_file_of_another_program(train, tmp_path, name):
@@ -305,6 +283,8 @@ def test_a_new_run_deletes_no_file_of_another_program(train, tmp_path, name):
 
 def test_what_is_started_over_stays_until_the_new_run_is_saved(train, tmp_path, monkeypatch):
     """A disk that is full then takes nothing away; a link is written through."""
+    (tmp_path / 'file').touch()
+    check(train(out_dir=tmp_path / 'file' / 'out'), 'cannot use', 'Not a directory')
     assert train(max_iters=1).code == 0
     shutil.move(tmp_path / 'out' / 'last.pt', tmp_path / 'elsewhere.pt')
     (tmp_path / 'out' / 'last.pt').symlink_to('../elsewhere.pt')
@@ -320,9 +300,9 @@ def test_what_is_started_over_stays_until_the_new_run_is_saved(train, tmp_path, 
     assert (tmp_path / 'out' / 'last.pt').is_symlink()
 
 def test_other_eval_tokens_start_the_best_anew(train, tmp_path):
-    train(max_iters=10)
+    train(max_iters=1)
     change(tmp_path / 'out' / 'last.pt', run=lambda run: {**run, 'best': 0.0})
-    done = train(init_from='resume', max_iters=20, eval_tokens=100)
+    done = train(init_from='resume', max_iters=2, eval_tokens=100)
     assert done.code == 0 and 'the best loss starts anew' in done.out
     assert '(the best so far)' in done.out
 
@@ -337,14 +317,3 @@ def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch, args):
     monkeypatch.setattr(os, 'stat', stat)
     check(run(*args, f'--out_dir={model_dir}'), f'cannot use {model_dir}', 'Permission denied: '
           'get the right to it, or go elsewhere')
-
-def test_links_and_folders_that_cannot_be_written(train, tmp_path):
-    (tmp_path / 'file').write_text('')
-    check(train(out_dir=tmp_path / 'file' / 'out'), 'cannot use', 'Not a directory')
-    assert train(max_iters=1).code == 0
-    shutil.move(tmp_path / 'out' / 'last.pt', tmp_path / 'elsewhere.pt')
-    (tmp_path / 'out' / 'last.pt').symlink_to('../elsewhere.pt')  # and is written through
-    (tmp_path / 'out' / 'log.jsonl').write_bytes(b'\xff\n{"iter": "x"}\n[1]\n')  # and is cleaned
-    assert train(init_from='resume', max_iters=2).code == 0
-    assert (tmp_path / 'out' / 'last.pt').is_symlink()
-    assert torch.load(tmp_path / 'elsewhere.pt', weights_only=True)['iter_num'] == 2

@@ -129,13 +129,6 @@ def test_a_fold_with_closed_gates_is_the_baseline_and_with_open_ones_the_fold(
     with pytest.raises(SystemExit, match=f'has a .*h.{n_local}.attn.past_gate: .*=True and no lar'):
         load_weights(usual, fold.state_dict())
 
-def test_a_window_of_the_whole_block_is_the_usual_gpt():
-    for position in ('learned', 'rotary'):
-        gpt, window = (make('gpt', position=position, window=W, block_size=8) for W in (0, 8))
-        window.load_state_dict(gpt.state_dict())
-        idx = tokens(2, 8)
-        assert_equal(all_logits(window, idx), all_logits(gpt, idx))
-
 def layer(T, keys):
     """Products of numbers in a layer for T tokens that attend to `keys`, masked ones too."""
     return T * 12 * C * C + 2 * T * keys * C

@@ -43,21 +43,18 @@ def watch(monkeypatch, act):
         return step(optimizer, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, 'step', watched)
 
-@pytest.mark.parametrize('task, model_type', [('text', 'fold'), ('text', 'gpt'), ('needle', 'fold'),
-                                              ('needle', 'gpt'), ('pairs', 'fold'),
-                                              ('track', 'fold'), ('track', 'gpt'),
-                                              ('mqar', 'fold'), ('mqar', 'gpt')])
-def test_the_same_seed_gives_the_same_losses(train, tmp_path, task, model_type):
+@pytest.mark.parametrize('task', ['text', 'facts'])  # of the others: test_resume.py
+def test_the_same_seed_gives_the_same_losses(train, tmp_path, task):
     for name, n, seed, interval in (('a', 12, 1, 12), ('b', 12, 1, 5), ('c', 2, 2, 2)):
-        done = train(model_type, task, tmp_path / name, seed=seed, max_iters=n,
-                     decay_from=1.0, eval_interval=interval)
+        done = train('fold', task, tmp_path / name, seed=seed, max_iters=n, decay_from=1.0,
+                     eval_interval=interval)
         assert done.code == 0, done.err
     a, b, c = (records(tmp_path / name, 'loss') for name in 'abc')
     assert len(a) == 12 and a == b and a[:2] != c
     equal(*(load(tmp_path / name / 'last.pt')['model'] for name in 'ab'))
     assert task != 'text' or sum(dict(a[-5:]).values()) < sum(dict(a[:5]).values())
 
-@pytest.mark.parametrize('n', [0, 1, 7])
+@pytest.mark.parametrize('n', [0, 7])
 def test_exactly_max_iters_updates_and_a_final_evaluation(train, tmp_path, n):
     assert train(max_iters=n, eval_interval=5).code == 0
     states = load(tmp_path / 'out' / 'last.pt')['optimizer']['state'].values()
@@ -66,14 +63,13 @@ def test_exactly_max_iters_updates_and_a_final_evaluation(train, tmp_path, n):
 
 def test_log_lines_are_means_of_their_interval(train, tmp_path):
     for interval in (1, 5):
-        train(out_dir=tmp_path / str(interval), log_interval=interval)
+        train(out_dir=tmp_path / str(interval), log_interval=interval, max_iters=10)
     each, mean = (dict(records(tmp_path / name, 'loss')) for name in '15')
     assert mean == {it: pytest.approx(sum(each[it - n] for n in range(5)) / 5, abs=1e-5)
-                    for it in (5, 10, 15, 20)}
+                    for it in (5, 10)}
 
-@pytest.mark.parametrize('stream', [False, True])
-def test_accumulated_micro_batches_equal_one_large_batch(train, tmp_path, stream):
-    settings = dict(dropout=0.0, max_iters=5, stream=stream)
+def test_accumulated_micro_batches_equal_one_large_batch(train, tmp_path):
+    settings = dict(dropout=0.0, max_iters=5, stream=True)
     train(out_dir=tmp_path / 'a', batch_size=8, **settings)
     train(out_dir=tmp_path / 'b', batch_size=2, gradient_accumulation_steps=4, **settings)
     a, b = (dict(records(tmp_path / name, 'loss')) for name in 'ab')
@@ -110,7 +106,6 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
     train(task=task, seed=5, max_iters=4, eval_interval=2)
     saved = load(tmp_path / 'out' / 'ckpt.pt')
     assert saved['task'] == task and saved['config']['seed'] == 5
-    assert task != 'text' or 'a' in saved['tokenizer']['chars']
     record, log = load_record(str(tmp_path / 'out' / 'record.json')), lines(tmp_path / 'out')
     assert (record['what'], record['seeds']) == ('training', [5])
     assert [record['metrics'][key]['value'] for key in ('loss', 'tokens')] == [
@@ -148,13 +143,11 @@ def test_a_run_is_not_overwritten_unless_told(train, tmp_path, monkeypatch):
     assert (saved['config']['seed'], saved['iter_num']) == (2, 10)  # saved before it
 
 @pytest.mark.parametrize('source, target, window', [
-    ('gpt', 'fold', 4), ('fold', 'gpt', 4), ('gpt', 'gpt', 12), ('nanogpt', 'fold', 4)])
+    ('fold', 'gpt', 4), ('gpt', 'gpt', 12), ('nanogpt', 'fold', 4)])
 def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, target, window):
     train(source.removeprefix('nano'), out_dir=tmp_path / 'source', max_iters=2)
     path = tmp_path / 'source' / 'ckpt.pt'
     saved = load(path)
-    other = train(task='pairs', init_from=path, out_dir=tmp_path / 'other')
-    assert other.code == 1 and "vocabulary is not that of 'task pairs'" in other.err
     if source == 'nanogpt':  # which says less
         compiled = {f'_orig_mod.{name}': value for name, value in saved['model'].items()}
         torch.save({'model': compiled, 'model_args': saved['model_args'], 'config': {}}, path)
