@@ -148,11 +148,11 @@ def test_the_script(train, run, tmp_path, data_dir):
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
 
-def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, tmp_path, monkeypatch):
-    train(max_iters=1)
+def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,  # noqa: F811
+                                                          tmp_path, monkeypatch):
     for part in ('probe', 'Task'):
         monkeypatch.delattr(f'tasks.text.{part}')
-    for done, part in ((run('probe.py', f"--out_dir={tmp_path / 'out'}"), 'probe'),
+    for done, part in ((run('probe.py', f'--out_dir={model_dir}'), 'probe'),
                        (train(out_dir=tmp_path / 'new'), 'Task')):
         assert done.code == 1 and done.err.count('\n') == 1, done.err
         assert f'tasks/text.py has no {part}: write one, as tasks/__init__.py says' in done.err
