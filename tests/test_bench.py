@@ -89,18 +89,16 @@ def test_larger_batches_while_they_give_more(monkeypatch):
 @pytest.mark.parametrize('fits', [0, 1, 2])
 def test_a_batch_without_memory_ends_the_sweep_and_keeps_what_was_found(monkeypatch, fits):
     s = configure(vars(bench), [*FLAGS, '--steps=8', '--largest_batch=300', '--rounds=1'])
-    rates = [torch.OutOfMemoryError(), *[10.0 ** (i // 2) for i in range(2 * fits)][::-1]]
-    monkeypatch.setattr(bench, 'rate', lambda *args: raise_or_give(rates.pop()))
+
+    def rates():
+        yield from (10.0 ** (i // 2) for i in range(2 * fits))
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(bench, 'rate', lambda *args, some=rates(): next(some))
     found = bench.speeds('gpt', '1+1x16x2', 8, s)
     if fits:
         assert [row['rate'] for row in found] == [1, 10][:fits]
     else:
         pytest.raises(torch.OutOfMemoryError, next, found)
-
-def raise_or_give(found):
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 def test_processes_share_a_batch(monkeypatch):
     s, seen = configure(vars(bench), FLAGS), []

@@ -33,7 +33,6 @@ def contents(folder):
     (dict(learning_rate=-1), ['learning_rate must be at least 0']),
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
-    (dict(dtype='float16'), ['dtype must be']),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
     (dict(beta1=1.0), ['beta1=1.0']), (dict(n_local=100000), ['n_local=100000 is too large']),
     (dict(n_embd=10 ** 9), ['this model takes some']),
@@ -43,7 +42,6 @@ def contents(folder):
     (dict(out_dir=ROOT), ['is not empty', '--out_dir=... goes elsewhere']),
     (dict(model_type='gpt', bptt_segments=2), ['has no segments', 'bptt_segments must be 0']),
     (dict(products='mkl'), ['products must be', "not 'mkl'"]),
-    (dict(compile='yes'), ['compile must be', "not 'yes'"]),
     (dict(dataset='tinny'), ["'tinny'"]),
     (dict(threads=100000), ['threads=100000 is more than this machine can use']),
     (dict(init_from='resume'), ['no run to resume in /', '/out: name the folder', '--out_dir']),
@@ -53,23 +51,17 @@ def test_train(train, tmp_path, settings, parts):
     assert contents(tmp_path) == {}
 
 @pytest.mark.parametrize('args, parts', [
-    (['--start=Zed'], ["'Z' (U+005A) at position 0"]),
     (['--start=\udcff'], ['--start is not UTF-8', '--start=FILE:path']),
     (['--start=FILE:nowhere.txt'], ["cannot read the prompt 'nowhere.txt'", 'No such file']),
     (['--start=FILE:{}/out/ckpt.pt'], ['cannot read the prompt', 'it is not UTF-8']),
     (['--start=FILE:{}/x.gz'], ['gzip has packed it: zcat', 'x.gz | python sample.py']),
-    (['--start=FILE:{}/out'], ['cannot read the prompt', 'Is a directory']),
     (['--temperature=-1'], ['temperature must be at least 0']),
     (['--top_p=1.5'], ['top_p must be at most 1']),
-    (['--out_dir=nowhere'], ['no checkpoint at']),
     (['--load_state=nowhere'], ['no state file at']),
     (['--load_state={}/out/ckpt.pt'], ['ckpt.pt is no state']),
     (['--save_state={}/x', '--num_samples=2'], ['num_samples']),
     (['--save_state={}/nowhere/x'], ['cannot use', 'nowhere/.x', 'No such file']),
-    (['--save_state={}/' + 'x' * 300], ['cannot use', 'File name too long']),
     (['--save_state={}/out/ckpt.pt'], ['ckpt.pt is of another kind, or']),
-    (['--save_state={}/prompt'], ['prompt is of another kind, or']),
-    (['--save_state={}/out'], ['is of another kind, or']),
     (['--save_state={}/pipe'], ['is of another kind, or'])])
 def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
     (tmp_path / 'prompt').write_text('ape')
@@ -102,7 +94,6 @@ SPOILED = [
     (dict(model_args=sizes(carry='gated')), ['has no carry_gate', 'take --carry=plain']),
     (dict(model_type=['fold']), ["its 'model_type' is missing or damaged"]),
     (dict(model_type='gtp'), ["model_type must be one of 'gpt', 'fold'"]),
-    (dict(task=3), ["its 'task' is missing or damaged"]),
     (dict(data='tiny'), ["its 'data' is missing or damaged"])]
 
 @pytest.mark.parametrize('i', range(len(SPOILED)))

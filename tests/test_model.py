@@ -166,19 +166,15 @@ def test_weights_fold_and_unfold_and_come_from_compiled_parallel_and_old_models(
 
 @pytest.mark.parametrize('kind, sizes, message', [
     ('gpt', dict(n_embd=10, n_head=3), 'n_embd=10 must be a multiple of n_head=3'),
-    ('gpt', dict(dropout=1.0), r'dropout must lie in'), ('gpt', dict(dropout=math.nan), 'dropout'),
-    ('gpt', dict(n_layer=0), 'n_layer must be at least 1, not 0'), ('gpt', dict(n_head=0), 'n_h'),
-    ('gpt', dict(vocab_size=-1), 'vocab_size'), ('gpt', dict(block_size=10 ** 14), 'no memory for'),
+    ('gpt', dict(dropout=math.nan), r'dropout must lie in'), ('gpt', dict(n_head=0), 'n_head must'),
+    ('gpt', dict(block_size=10 ** 14), 'no memory for'), ('fold', dict(n_global=0), 'n_global'),
     ('fold', dict(block_size=100, segment_size=12), 'a multiple of segment_size=12'),
-    ('fold', dict(segment_size=0), 'segment_size must be'), ('fold', dict(n_global=0), 'n_global'),
-    ('fold', dict(n_local=-1), 'n_local must be at least 0'), ('fold', dict(n_head=5), 'n_head=5'),
-    ('fold', dict(carry='half'), "not 'half'"), ('fold', dict(past='l'), 'past must be one of'),
+    ('fold', dict(n_local=-1), 'n_local must be at'), ('gpt', dict(window=-1), 'window must'),
+    ('fold', dict(past='l'), 'past must be'), ('gpt', dict(position='r'), 'position must be'),
     ('fold', dict(past='none', carry='gated'), 'no carry to mix with'),
     ('fold', dict(past='none', past_gate=True), 'no past half to open to'),
-    ('fold', dict(window=3), 'a fold takes window=0'), ('gpt', dict(window=-1), 'window must be'),
-    ('gpt', dict(position='r'), 'position must be'), ('fold', dict(local='l'), 'local must be'),
-    ('gpt', dict(position='rotary', n_embd=6), 'an even size'),
-    ('fond', {}, "must be one of 'gpt', 'fold'.*not 'fond'"), (None, {}, 'not None')])
+    ('fold', dict(window=3), 'a fold takes window=0'), (None, {}, "one of 'gpt', 'fold'.*not None"),
+    ('gpt', dict(position='rotary', n_embd=6), 'an even size')])
 def test_sizes_that_no_model_can_have(kind, sizes, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):
         make_model(kind, {**SIZES, **sizes})
