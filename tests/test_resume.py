@@ -144,9 +144,9 @@ def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given
     done = resume('--max_iters=3', *given)
     assert done.code == len(done.err.splitlines()) == bool(problem) and problem in done.err
 
-def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monkeypatch):
-    train(max_iters=2)
-    best, last = (tmp_path / 'out' / name for name in ('ckpt.pt', 'last.pt'))
+def test_what_cannot_be_resumed_is_told_in_a_line(trained, resume, monkeypatch):
+    out = trained()
+    best, last = (out / name for name in ('ckpt.pt', 'last.pt'))
     good = load(last)
 
     def refused(words, **changes):
@@ -161,7 +161,7 @@ def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monke
     last.write_bytes(last.read_bytes()[:-99])
     assert f'{best} is there still: rename it' in resume().err
     os.replace(best, last)
-    (tmp_path / 'out' / 'log.jsonl').unlink()
+    (out / 'log.jsonl').unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch(patch, kill)
         resume('--max_iters=3')
