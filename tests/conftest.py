@@ -16,6 +16,8 @@ import compare
 from configurator import configure
 from lib.console import explain
 
+pytest_plugins = ['web']  # a fixture
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
 PANGRAM = 'The quick brown fox jumps over that lazy dog; ABCDW?. '
@@ -138,3 +140,11 @@ def trained(train, tmp_path, tmp_path_factory):
         assert kept.exists() or train(out_dir=kept, **{'max_iters': 1, **settings}).code == 0
         return Path(shutil.copytree(kept, tmp_path / name))
     return trained
+
+@pytest.fixture
+def model_dir(trained):
+    """A folder that holds nothing but a trained model's checkpoint."""
+    out = trained(learning_rate=3e-3, max_iters=30)
+    for path in out.iterdir():
+        path.name == 'ckpt.pt' or path.unlink()
+    return out

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_sample import change, model_dir, other_chars  # noqa: F401 (a fixture)
+from test_sample import change, other_chars
 
 from lib.checkpoint import FILES, save
 
@@ -63,7 +63,7 @@ def test_train(train, tmp_path, settings, parts):
     (['--save_state={}/nowhere/x'], ['cannot use', 'nowhere/.x', 'No such file']),
     (['--save_state={}/out/ckpt.pt'], ['ckpt.pt is of another kind, or']),
     (['--save_state={}/pipe'], ['is of another kind, or'])])
-def test_sample(run, model_dir, tmp_path, args, parts):  # noqa: F811
+def test_sample(run, model_dir, tmp_path, args, parts):
     (tmp_path / 'prompt').write_text('ape')
     os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'x.gz').write_bytes(gzip.compress(b'ape'))
@@ -97,7 +97,7 @@ SPOILED = [
     (dict(data='tiny'), ["its 'data' is missing or damaged"])]
 
 @pytest.mark.parametrize('i', range(len(SPOILED)))
-def test_checkpoints(run, train, model_dir, tmp_path, i):  # noqa: F811
+def test_checkpoints(run, train, model_dir, tmp_path, i):
     """No script takes one that is not whole, and none touches it; all three read it alike."""
     spoiled, parts = SPOILED[i]
     path = model_dir / 'ckpt.pt'
@@ -155,7 +155,7 @@ def limited(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
-def test_a_full_disk(run, train, model_dir, tmp_path, data_dir):  # noqa: F811
+def test_a_full_disk(run, train, model_dir, tmp_path, data_dir):
     common = f'--out_dir={model_dir}', '--device=cpu'
     small = '--histories=0,4', '--bins=4,8', '--targets=5', f'--data_dir={data_dir}'
     assert train(overwrite=True).code == 0
@@ -227,7 +227,7 @@ runs, probe = {'a': {}}, {'targets': 4}
         'comparison.json', 'report.md', 'loss.png', 'context.png', 'a_1/settings.json',
         'a_1/record.json', 'a_1/probe.json', 'a_1/samples.json', 'a_1/ckpt.pt', 'a_1/notes')]])
 def test_what_another_program_made_is_not_replaced(
-        run, train, model_dir, tmp_path, monkeypatch, script, name):  # noqa: F811
+        run, train, model_dir, tmp_path, monkeypatch, script, name):
     monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     (tmp_path / 'comparison.py').write_text(COMPARISON)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -269,7 +269,7 @@ def test_other_eval_tokens_start_the_best_anew(train, trained):
     assert done.code == 0 and 'the best loss starts anew' in done.out
     assert '(the best so far)' in done.out
 
-def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch):  # noqa: F811
+def test_a_folder_that_one_may_not_look_into(run, model_dir, monkeypatch):
     real = os.stat
 
     def stat(path, **kwargs):

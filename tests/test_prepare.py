@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, check_error
-from test_files import web  # noqa: F401 (a fixture)
 
 import prepare
 from prepare import DownloadError, Tokenizer, load_meta
@@ -211,14 +210,14 @@ def test_python_text(here, monkeypatch):
     assert sorted(mixed[0].split()) == [b'1', b'2', b'<abc.py>', b'<os.py>']
 
 @pytest.fixture
-def shakespeare(web, monkeypatch):  # noqa: F811
+def shakespeare(web, monkeypatch):
     """prepare() of what a server on this machine has in place of tiny Shakespeare."""
     web.content = TRUE
     monkeypatch.setattr(prepare, 'SHAKESPEARE_URL', f'http://127.0.0.1:{web.server_port}')
     monkeypatch.setattr(prepare, 'SHAKESPEARE_SHA256', sha256(TRUE))
     return lambda **settings: prepare.prepare('shakespeare', data_dir=os.getcwd(), **settings)
 
-def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare):  # noqa: F811
+def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare):
     web.answers = ['broken', 'whole']
     meta = load_meta(shakespeare())
     assert meta['source'] == 'shakespeare.txt' and meta['n_chars'] == len(TRUE)
@@ -229,7 +228,7 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare): 
     Path('copy.txt').write_bytes(TRUE)
     assert load_meta(shakespeare(file='copy.txt'))['source'] == 'copy.txt'
 
-def test_failed_download(web, shakespeare, monkeypatch):  # noqa: F811
+def test_failed_download(web, shakespeare, monkeypatch):
     web.answers = ['broken', 'broken', 'wrong']
     words = f'SHA-256|{prepare.SHAKESPEARE_URL}|--file=PATH|python prepare.py python'
     check_error(words, shakespeare, kind=DownloadError)

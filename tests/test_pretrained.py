@@ -11,9 +11,9 @@ from conftest import ROOT, flags
 from safetensors.torch import load_file, save_file
 from small import all_logits, make, tokens
 from test_errors import check, contents
-from test_files import CONTENT, web  # noqa: F401 (a fixture)
 from test_probe import SMALL
 from test_train import equal
+from web import CONTENT
 
 from lib import checkpoint as ckpt
 from lib import pretrained
@@ -136,7 +136,7 @@ def test_a_folder_starts_a_fold(train, start, run, tmp_path, data_dir):
     assert done.code == 0, done.err
     assert torch.load(tmp_path / 'cut' / 'last.pt')['model']['transformer.h.3.attn.past_gate'].all()
 
-def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F811
+def test_published_weights(web, run, train, tmp_path, monkeypatch):
     """sample.py needs no run for them; without a network, one line says what to do by hand."""
     export(tmp_path / 'hf', vocab_size=50257, n_layer=1, block_size=1024, **GPT2)
     web.content, web.answers = (tmp_path / 'hf' / 'model.safetensors').read_bytes(), ['whole']

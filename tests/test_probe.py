@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small import V, make
-from test_sample import model_dir  # noqa: F401 (a fixture)
 
 from lib import history
 from lib.records import load_record
@@ -148,7 +147,7 @@ def test_the_script(train, run, tmp_path, data_dir):
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
 
-def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,  # noqa: F811
+def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
                                                           tmp_path, monkeypatch):
     for part in ('probe', 'Task'):
         monkeypatch.delattr(f'tasks.text.{part}')
@@ -163,7 +162,7 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
     (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
     (lambda saved: saved.pop('data'), 'does not name its data set'),
     (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
-def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, change,  # noqa: F811
+def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, change,
                                              problem):
     saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
     change(saved)

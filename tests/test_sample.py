@@ -21,16 +21,6 @@ assert 'torch._dynamo' not in sys.modules  # the compiler, half of a start
 """]
 
 @pytest.fixture
-def model_dir(train, tmp_path, tmp_path_factory):
-    """A folder that holds nothing but a trained model's checkpoint."""
-    kept = tmp_path_factory.getbasetemp() / 'trained'
-    if not kept.exists():
-        assert train(out_dir=kept, learning_rate=3e-3, max_iters=30).code == 0
-    (tmp_path / 'out').mkdir()
-    shutil.copy(kept / 'ckpt.pt', tmp_path / 'out')
-    return tmp_path / 'out'
-
-@pytest.fixture
 def sample(run, model_dir):
     common = f'--out_dir={model_dir}', '--max_new_tokens=20', '--device=cpu'
     return lambda *args: run('sample.py', *common, *args)
