@@ -87,6 +87,12 @@ def test_from_start_to_report(compared):
     assert report.difference_table(record) in text
     assert '## After 1 ape\n\nfold, 1:\n\n    1 ape' in text and '|  | 96 | 192 |' in text
     assert {'loss.png', 'context.png'} < {*os.listdir(runs)}
+    for name in ('parameters', 'tokens', 'text'):  # equal means equal
+        assert len({part['metrics'][name]['value'] for part in record['parts']}) == 1
+    for seed in (1, 2):
+        first, second = (torch.load(runs / f'{name}_{seed}' / 'last.pt', weights_only=True)
+                         for name in ('fold', 'GPT_window_12'))
+        assert torch.equal(first['task_state']['generator'], second['task_state']['generator'])
 
 def test_a_script_gives_what_it_prints_or_its_complaint(compared):
     """Each in a process of its own."""
@@ -95,15 +101,6 @@ def test_a_script_gives_what_it_prints_or_its_complaint(compared):
     assert [asyncio.run(text)] == json.loads((run / 'samples.json').read_text())['texts']
     with pytest.raises(SystemExit, match='^error: .*unknown key --device'):
         asyncio.run(compare.call(s, 'prepare.py'))
-
-def test_equal_means_equal(compared):
-    parts = load_record(compared[0] / 'comparison.json')['parts']
-    for name in ('parameters', 'tokens', 'text'):
-        assert len({part['metrics'][name]['value'] for part in parts}) == 1
-    for seed in (1, 2):
-        first, second = (torch.load(compared[0] / f'{name}_{seed}' / 'last.pt', weights_only=True)
-                         for name in ('fold', 'GPT_window_12'))
-        assert torch.equal(first['task_state']['generator'], second['task_state']['generator'])
 
 def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     before = {path.relative_to(compared[0]): path.read_bytes()

@@ -122,18 +122,16 @@ def test_a_leak_beyond_a_few_tokens_or_that_training_opens_is_found(
     assert (tmp_path / 'out' / 'last.pt').exists() and 'iter 3: validation' not in done.out
     assert 'sees what is still to come' in run('probe.py', f"--out_dir={tmp_path / 'out'}").err
 
+BROKEN = [lambda *found: found[:2], lambda *found: found[0], lambda *found: None,
+          lambda logits, loss, c: (logits[:, 0], loss, c), lambda logits, loss, c: (logits, 0.0, c),
+          lambda logits, loss, c: (logits[..., 1:], loss, c), lambda y, loss, c: (y, None, c),
+          lambda logits, loss, c: (logits, loss, c[0].T), lambda *found: (*found[:2], (found[2],)),
+          lambda logits, loss, c: (logits, loss, (c[0], c[1][None])),
+          lambda logits, loss, c: (logits, loss, {'carry': c})]
+
 def test_a_model_that_breaks_the_contract_is_told_in_a_line(toys, train, tmp_path, monkeypatch):
     forward = Recurrent.forward
-    for change in (
-            lambda logits, loss, carry: (logits, loss), lambda *found: found[0],
-            lambda logits, loss, carry: (logits[:, 0], loss, carry),
-            lambda logits, loss, carry: (logits[..., 1:], loss, carry),
-            lambda logits, loss, carry: (logits, 0.0, carry),
-            lambda logits, loss, carry: (logits, None, carry),
-            lambda logits, loss, carry: (logits, loss, carry[0].T),
-            lambda logits, loss, carry: (logits, loss, (carry[0], carry[1][None])),
-            lambda logits, loss, carry: (logits, loss, (carry,)),
-            lambda logits, loss, carry: (logits, loss, {'carry': carry}), lambda *found: None):
+    for change in BROKEN:
         monkeypatch.setattr(Recurrent, 'forward', lambda *args, change=change, **kwargs: change(
             *forward(*args, **kwargs)))
         with pytest.raises(SystemExit, match=r'Recurrent.forward\(\) must return logits \(B, T, V'):

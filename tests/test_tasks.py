@@ -322,7 +322,7 @@ def shown(row):
     at = [i for i, token in enumerate(row) if token == MARK]
     return {row[i + 2]: row[i + 1] for i in at}, at
 
-def test_each_pair_is_shown_once_one_a_segment_at_places_in_turn():
+def test_each_pair_is_shown_once_one_a_segment_and_asked_for_by_its_name():
     sequences, found = make_task('pairs', **PAIRS).sequences, set()
     rows = sequences.rows(torch.full((300,), 5))
     text = torch.cat([sequences.further(rows, n, 1.0) for n in (2, 5)], dim=1)
@@ -333,6 +333,15 @@ def test_each_pair_is_shown_once_one_a_segment_at_places_in_turn():
         assert [i % 12 for i in at] == [(start - n) % 10 for n in range(5)]
         found.add(at[0])
     assert found == set(range(10))
+    places, which = [0, 3, 6, 9, 12], torch.rand(300, 5).argsort(dim=1)
+    x, y = (tokens.view(300, 24) for tokens in sequences.ask_for(rows, which))  # 4 fit a segment
+    for row, asked, targets, order in zip(*(z.tolist() for z in (text, x, y, which))):
+        digits, at = shown(row)
+        wanted = [(ASK, row[at[n] + 2], digits[row[at[n] + 2]]) for n in order]
+        assert [i for i, token in enumerate(asked) if token == ASK] == places
+        assert [tuple(asked[i:i + 3]) for i in places] == wanted
+        assert {i: target for i, target in enumerate(targets) if target >= 0} == {
+            i + 1: digit for i, (_, _, digit) in zip(places, wanted)}
 
 def test_pairs_come_as_often_as_told_and_in_the_first_lesson_side_by_side():
     sequences = make_task('pairs', **PAIRS).sequences
@@ -345,19 +354,6 @@ def test_pairs_come_as_often_as_told_and_in_the_first_lesson_side_by_side():
     for row in sequences.at_once(sequences.rows(torch.full((20,), 3)), 3).tolist():
         digits, at = shown(row)
         assert len(digits) == 3 and at == [0, 3, 6] and len(row) == 12
-
-def test_questions_name_the_pairs_asked_for():
-    sequences, places = make_task('pairs', **PAIRS).sequences, [0, 3, 6, 9, 12]
-    rows = sequences.rows(torch.full((30,), 5))
-    text, which = sequences.further(rows, 5, 1.0), torch.rand(30, 5).argsort(dim=1)
-    x, y = (tokens.view(30, 24) for tokens in sequences.ask_for(rows, which))  # 4 fit a segment
-    for row, asked, targets, order in zip(*(z.tolist() for z in (text, x, y, which))):
-        digits, at = shown(row)
-        wanted = [(ASK, row[at[n] + 2], digits[row[at[n] + 2]]) for n in order]
-        assert [i for i, token in enumerate(asked) if token == ASK] == places
-        assert [tuple(asked[i:i + 3]) for i in places] == wanted
-        assert {i: target for i, target in enumerate(targets) if target >= 0} == {
-            i + 1: digit for i, (_, _, digit) in zip(places, wanted)}
 
 def test_pairs_walk_on_with_their_memory():
     task = make_task('pairs', **PAIRS, passed_at=-1.0, matched=False)
