@@ -1,8 +1,10 @@
 """What all tests share: a fresh random state, scripts run as from the command line, small data."""
 import os
 import runpy
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # tests are of the CPU; a GPU's are in tests/gpu/
@@ -13,6 +15,8 @@ import torch
 import compare
 from configurator import configure
 from lib.console import explain
+
+pytest_plugins = ['web']  # a fixture
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
@@ -127,3 +131,20 @@ def train(start, data_dir, tmp_path):
     return lambda model_type='fold', task='text', out_dir=tmp_path / 'out', **settings: start(
         *flags(out_dir, **{'data_dir': data_dir, 'task': task, 'model_type': model_type,
                            **settings}))
+
+@pytest.fixture
+def trained(train, tmp_path, tmp_path_factory):
+    """trained(**settings): a copy, tmp_path/'out', of such a run of one update."""
+    def trained(name='out', **settings):
+        kept = tmp_path_factory.getbasetemp() / f'trained {settings}'
+        assert kept.exists() or train(out_dir=kept, **{'max_iters': 1, **settings}).code == 0
+        return Path(shutil.copytree(kept, tmp_path / name))
+    return trained
+
+@pytest.fixture
+def model_dir(trained):
+    """A folder that holds nothing but a trained model's checkpoint."""
+    out = trained(learning_rate=3e-3, max_iters=30)
+    for path in out.iterdir():
+        path.name == 'ckpt.pt' or path.unlink()
+    return out

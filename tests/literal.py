@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import torch
-from small import HEADS, SEGMENT, C
+from small import HEADS, C
 
-l, D, LAYERS = SEGMENT, C // HEADS, 4
+D, LAYERS = C // HEADS, 4
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
@@ -21,11 +21,12 @@ class Literal:
     def __init__(self, model):
         self.w = {name: value.numpy() for name, value in model.state_dict().items()}
         self.c, self.kind = model.config, type(model).__name__.lower()
+        self.l = getattr(self.c, 'segment_size', 0) or self.c.window or self.c.block_size
 
     def logits(self, idx):
         x = [self.w['transformer.wte.weight'][i] for i in idx]
         if self.c.position == 'learned':
-            x = [state + self.w['transformer.wpe.weight'][t % l] for t, state in enumerate(x)]
+            x = [state + self.w['transformer.wpe.weight'][t % self.l] for t, state in enumerate(x)]
         return torch.from_numpy(np.stack([self.w['lm_head.weight'] @ self.norm(state)
                                           for state in getattr(self, self.kind)(x)]))
 
@@ -74,7 +75,7 @@ class Literal:
 
     def foldgpt(self, x):
         """Eq. 13, 16 and 17 (`new`), and the other values of the keys, of {place: state}."""
-        c, x, carry, outputs = self.c, dict(enumerate(x)), {}, []
+        c, l, x, carry, outputs = self.c, self.l, dict(enumerate(x)), {}, []
 
         def all_of(layer, states, seen_by, start=0):
             """Token states, each one layer on, having seen those that it may, itself last; those
@@ -92,11 +93,11 @@ class Literal:
         for i in range(c.n_local):  # eq. 16, or of the last l tokens
             x = all_of(i, x, lambda t: up_to(t, x, t - l + 1 if c.local == 'sliding'
                                              else t // l * l))
-        for s in range(len(x) // l):
-            current = {t: x[t] for t in range(s * l, s * l + l)}
+        for s in range(0, len(x), l):
+            current = {t: x[t] for t in range(s, min(s + l, len(x)))}
             past = carry if c.past != 'none' else {}
             for i in range(c.n_local, c.n_local + c.n_global):
-                new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)], s * l)
+                new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)], s)
                 if c.past == 'evolving':
                     past = all_of(i, past, lambda t: up_to(t, past))  # eq. 13
                 current = new
@@ -109,23 +110,23 @@ class Literal:
         return outputs
 
     def gpt(self, x):
-        return self.layers(x, lambda t: t - self.c.window + 1)
+        return self.layers(x, lambda t: t - self.l + 1)
 
     def transformerxl(self, x):
-        return self.layers(x, lambda t: (t // l - 1) * l)
+        return self.layers(x, lambda t: (t // self.l - 1) * self.l)
 
     def rmt(self, x):
         outputs, memory, m = [], list(self.w['first']), self.c.memory
-        for s in range(0, len(x), l):
-            window = self.layers([*memory, *x[s:s + l], *memory], lambda t: 0)
+        for s in range(0, len(x), self.l):
+            window = self.layers([*memory, *x[s:s + self.l], *memory], lambda t: 0)
             outputs += window[m:-m]
             memory = [self.norm(state) for state in window[-m:]]
         return outputs
 
     def infini(self, x):
         M, z, outputs = np.zeros((LAYERS, HEADS, D, D)), np.zeros((LAYERS, HEADS, D)), []
-        for s in range(0, len(x), l):
-            states = x[s:s + l]
+        for s in range(0, len(x), self.l):
+            states = x[s:s + self.l]
             for i in range(LAYERS):
                 qkv = [(t, *self.heads(i, state)) for t, state in enumerate(states)]
                 g, new = sigmoid(self.w[f'transformer.h.{i}.attn.beta'])[:, None], []

@@ -1,4 +1,5 @@
-"""Small models in float64, and two that have nothing but a forward pass and a config."""
+"""Small models in float64, every case of them, and two that have nothing but a forward pass and a
+config."""
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,13 @@ def make(kind='fold', **sizes):
         config, model = TOYS[kind]
         return shake(model(config()))
     return shake(make_model(kind, {**SIZES, **sizes}))
+
+def make_case(name):
+    """A model of CASES or MORE; of four tokens at once where their number is free."""
+    model = make(**{**CASES, **MORE}[name])
+    if type(model).__name__ in ('Linear', 'DeltaNet', 'Feedback', 'LSTM'):
+        model.at_once = 4
+    return model
 
 def tokens(B, T):
     return torch.randint(V, (B, T))
@@ -91,5 +99,26 @@ KEYS = [dict(position=position, local=local, past=past, carry=carry)
         for past, carry in (('evolving', 'plain'), ('evolving', 'gated'), ('frozen', 'plain'),
                             ('frozen', 'gated'), ('local', 'plain'), ('none', 'plain'))]
 KEYS += [{**KEYS[i], 'past_gate': True} for i in (0, 4, 19, 20)]
-ALL_KEYS = pytest.mark.parametrize('keys', KEYS, ids=lambda keys: ' '.join(map(str, keys.values())))
 SOME_KEYS = [KEYS[i] for i in (0, 1, 4, 8, 10, 14, 18, 19, 21, 23)]
+
+TURNED = dict(position='rotary', rotary_base=50.0)
+PEERS = {
+    'gpt, window': dict(window=SEGMENT, **TURNED), 'gpt, window, learned': dict(window=SEGMENT),
+    'transformer_xl': TURNED, 'transformer_xl, not stopped': dict(stop=False, **TURNED),
+    'transformer_xl, learned': {}, 'rmt': dict(memory=1, **TURNED), 'rmt, learned': {},
+    'rmt, 4': dict(memory=4, bias=False, **TURNED), 'infini': TURNED,
+    'infini, delta': dict(update='delta', **TURNED), 'infini, learned': dict(update='delta'),
+    'linear': {}, 'deltanet': {}, 'deltanet, no bias': dict(bias=False),
+    'feedback': dict(memory=SEGMENT, **TURNED), 'feedback, none': dict(memory=1, position='none'),
+    'lstm': {}}
+WHOLE = {'gpt': dict(block_size=21), 'gpt, rotary': dict(block_size=21, **TURNED)}
+CASES = {  # {name: kind and sizes} of every model
+    **{' '.join(map(str, keys.values())): {'rotary_base': 50.0, **keys} for keys in KEYS},
+    'one layer': dict(n_local=0, n_global=1), 'segments of 1': dict(segment_size=1),
+    **{name: dict(kind=name.split(',')[0], **sizes) for name, sizes in (PEERS | WHOLE).items()}}
+MORE = {  # that are not in tests/literal.py, or longer than that takes
+    **{name: dict(kind=name) for name in TOYS},
+    'long segment': dict(segment_size=36, block_size=36),
+    'long gpt': dict(kind='gpt', block_size=80)}
+EVERY_CASE = pytest.mark.parametrize('name', CASES)
+EVERY_CARRY = pytest.mark.parametrize('name', [name for name in CASES if name not in WHOLE])

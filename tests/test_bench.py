@@ -59,6 +59,9 @@ def test_sides_work_in_processes_and_say_why_they_end():
     s = configure(vars(bench), FLAGS).as_dict()
     side = bench.train_side('speed', 'fold past=frozen truncated', '1+1x16x2', 8, s)
     assert min(side['rate'], side['ready']) > 0 and side['compiled'] == 'off'
+    model, way = bench.make_side('fold recomputed past=frozen local=sliding', '1+1x16x2', 8,
+                                 configure(vars(bench), FLAGS))
+    assert (model.config.past, model.config.local, way) == ('frozen', 'sliding', 'recomputed')
     before, after = bench.in_process('memory', 'fold recomputed', '1+1x16x2', 1600, s)
     assert before < after < before + 40  # MB; + 70 with the graph of the whole sequence
     why = '^error: fold at 1.1x16x3, 8 tokens, ended: .*n_head'
@@ -86,24 +89,16 @@ def test_larger_batches_while_they_give_more(monkeypatch):
 @pytest.mark.parametrize('fits', [0, 1, 2])
 def test_a_batch_without_memory_ends_the_sweep_and_keeps_what_was_found(monkeypatch, fits):
     s = configure(vars(bench), [*FLAGS, '--steps=8', '--largest_batch=300', '--rounds=1'])
-    rates = iter([10.0 ** (i // 2) for i in range(2 * fits)])
 
-    def rate(*args):
-        try:
-            return next(rates)
-        except StopIteration:
-            raise torch.OutOfMemoryError('no memory') from None
-    monkeypatch.setattr(bench, 'rate', rate)
+    def rates():
+        yield from (10.0 ** (i // 2) for i in range(2 * fits))
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(bench, 'rate', lambda *args, some=rates(): next(some))
     found = bench.speeds('gpt', '1+1x16x2', 8, s)
     if fits:
         assert [row['rate'] for row in found] == [1, 10][:fits]
     else:
         pytest.raises(torch.OutOfMemoryError, next, found)
-
-def test_settings_of_a_side():
-    s = configure(vars(bench), FLAGS)
-    model, way = bench.make_side('fold recomputed past=frozen local=sliding', '1+1x16x2', 8, s)
-    assert (model.config.past, model.config.local, way) == ('frozen', 'sliding', 'recomputed')
 
 def test_processes_share_a_batch(monkeypatch):
     s, seen = configure(vars(bench), FLAGS), []
@@ -115,8 +110,7 @@ def test_processes_share_a_batch(monkeypatch):
     assert seen[0] == (2, 8) and len(seen) == 2
     check_error('several processes', bench.main, s)
 
-@pytest.mark.parametrize('number, told', [(signal.SIGINT, 'stopped\n'), (signal.SIGTERM, '')])
-def test_a_signal_leaves_no_process(number, told):
+def test_a_signal_leaves_no_process():
     flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
     process = subprocess.Popen([sys.executable, 'bench.py', *flags], cwd=records.ROOT, text=True,
                                stderr=subprocess.PIPE)
@@ -125,19 +119,15 @@ def test_a_signal_leaves_no_process(number, told):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)  # the side is at work, or loads torch
-    process.send_signal(number)
-    assert process.communicate(timeout=60)[1] == told
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == ''
     pytest.raises(ProcessLookupError, os.kill, int(side[0]), 0)
 
 @pytest.mark.parametrize('flag, why', [
     ('parts=speeds', 'of generation, speed'), ('steps=0', 'steps must be at least 1'),
-    ('batch_size=0', 'batch_size must'), ('products=mkl', "'mkl'"), ('compile=fast', "'fast'"),
-    ('vocab_size=65537', 'vocab_size=65537'),
-    ('vocab_size=0', 'vocab_size'), ('contexts=9' + 99 * '9', 'contexts'),
+    ('products=mkl', "'mkl'"), ('vocab_size=65537', 'vocab_size=65537'), ('contexts=0', 'contexts'),
     ('sizes=2+2', '2+2x128x4'), ('sides=fold,,gpt', 'sides: one of them is empty'),
-    ('sides=fold slow', "'truncated' or"),
-    ('sides=fold past=new', 'past must be'), ('sides=fold n_embd=8', "'truncated' or"),
-    ('contexts=0', 'contexts'),
+    ('sides=fold slow', "'truncated' or"), ('sides=fold n_embd=8', "'truncated' or"),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])
 def test_bad_settings_are_refused_in_a_line(run, flag, why):
     done = run('bench.py', *FLAGS, f'--{flag}')

@@ -36,13 +36,12 @@ def test_a_process_that_lost_another_ends_in_a_line():
     assert console.explain(lost).startswith('error: another process ended')
     assert console.explain(RuntimeError('shapes differ')) is None
 
-@pytest.mark.parametrize('terminal, rank, expected', [
-    (False, '0', 'work: 25%, 10 tokens/s, 1m 30s left, loss 2\n'), (True, '1', ''), (True, '0',
-     '\rwork: 1%, 10 tokens/s, 1m 59s left\rwork: 25%, 10 tokens/s, 1m 30s left, loss 2'
-     f"\r{' ' * 43}\r")])
-def test_progress(terminal, rank, expected, monkeypatch):
+@pytest.mark.parametrize('rank, expected', [('1', ''), (
+    '0', '\rwork: 1%, 10 tokens/s, 1m 59s left\rwork: 25%, 10 tokens/s, 1m 30s left, loss 2'
+    f"\r{' ' * 43}\r")])
+def test_progress(rank, expected, monkeypatch):
     seconds, err = iter([0.0, 0.1, 1.0, 30.0, 30.1]), io.StringIO()
-    err.isatty = lambda: terminal
+    err.isatty = lambda: True
     monkeypatch.setattr(console, 'time', SimpleNamespace(monotonic=lambda: next(seconds)))
     monkeypatch.setattr(sys, 'stderr', err)
     monkeypatch.setenv('RANK', rank)
@@ -51,6 +50,3 @@ def test_progress(terminal, rank, expected, monkeypatch):
         progress.at(done, 'loss 2' if done == 300 else '')
     progress.close()
     assert err.getvalue() == expected and progress.done == 301
-    assert [*map(console.duration, (0.6, 59.6, 125, 3600))] == ['1s', '1m 00s', '2m 05s', '1h 00m']
-    assert [console.count(n, 'thread') for n in (0, 1, 2000)] == [
-        '0 threads', '1 thread', '2,000 threads']

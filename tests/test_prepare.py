@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, check_error
-from test_files import web  # noqa: F401 (a fixture)
 
 import prepare
 from prepare import DownloadError, Tokenizer, load_meta
@@ -31,13 +30,6 @@ def make(text=TEXT, dataset='mine', **settings):
     settings = {'file': 'my.txt', 'data_dir': os.path.abspath('data'), **settings}
     return prepare.prepare(dataset, **settings)
 
-def command(*argv, setup=''):
-    """Run prepare.py as a program; `setup` is code that runs before it."""
-    code = (f"{setup}\nimport runpy, sys\nsys.argv = ['prepare.py', *sys.argv[1:]]\n"
-            f"runpy.run_path({os.path.join(ROOT, 'prepare.py')!r}, run_name='__main__')")
-    return subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': ROOT})
-
 def ids_of(folder, *parts):
     return np.concatenate([np.fromfile(f'{folder}/{part}.bin', '<u2') for part in parts])
 
@@ -49,7 +41,7 @@ def fail_with(error):
         raise error
     return call
 
-def test_data_set_of_characters(capsys, here, monkeypatch):
+def test_data_set_of_characters(here, monkeypatch):
     folder = make()
     chars, n_train = ''.join(sorted(set(TEXT))), int(0.9 * len(TEXT))
     assert folder == os.path.abspath('data/mine') and sorted(os.listdir(folder)) == PARTS
@@ -59,7 +51,6 @@ def test_data_set_of_characters(capsys, here, monkeypatch):
         'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'files': hashes,
         'n_chars': len(TEXT), 'n_train': n_train, 'n_val': len(TEXT) - n_train}
     assert Tokenizer(load_meta(folder)['tokenizer']).decode(ids_of(folder, 'train', 'val')) == TEXT
-    assert capsys.readouterr().out.startswith('mine: 90 training and 10 validation tokens, ')
     monkeypatch.setattr(prepare, 'HERE', str(here / 'program'))  # relative paths lie beside it
     assert make(data_dir='d') == str(here / 'program/d/mine')
 
@@ -70,7 +61,7 @@ def test_line_ends_are_kept_and_a_byte_order_mark_is_not():
     assert (kept['n_chars'], kept['sha256']) == (43, sha256(raw[3:]))
 
 @pytest.mark.parametrize('text, words', [
-    (b'', 'my.txt is empty'), (b'\xef\xbb\xbf', 'is empty'), (b'a' * 19, 'my.txt has 19 tokens'),
+    (b'\xef\xbb\xbf', 'my.txt is empty'), (b'a' * 19, 'my.txt has 19 tokens'),
     (b'\xef\xbb\xbfab\xff' + b'd' * 99, "my.txt|'utf-8' codec|position 5|UTF-8 with --file=PATH")])
 def test_bad_texts(text, words):
     check_error(words, make, text)
@@ -79,14 +70,12 @@ def test_bad_texts(text, words):
 
 @pytest.mark.parametrize('settings, words', [
     *[({'dataset': name}, f'{name!r} cannot name a data set|letters|--file')
-      for name in ('', '../x', '.x', '-x', 'a b', 'x\n', 'a/b')],
+      for name in ('', '../x', '-x', 'x\n')],
     ({'file': ''}, "python prepare.py mine --file=PATH"), ({'file': 'a\0b'}, 'null byte'),
     ({'dataset': 'python'}, "'python' takes no --file|another name"), ({'file': '.'}, 'directory'),
-    ({'file': '/dev/null'}, '/dev/null is|a device|--file=/dev/stdin'),
     ({'tokenizer': 'chr'}, "char or gpt2, not 'chr'"),
     ({'file': 'none.txt'}, "'none.txt'|No such file|--file=PATH"),
-    ({'dataset': 'n' * 300}, 'cannot write|name too long|--data_dir'),
-    ({'data_dir': '/dev/null/x'}, 'cannot write|Not a directory'),
+    ({'data_dir': '/dev/null/x'}, 'cannot write|Not a directory|--data_dir'),
     ({'dataset': 'shakespeare'}, 'my.txt is not tiny Shakespeare|SHA-256|another name')])
 def test_bad_requests(settings, words):
     check_error(words, make, **settings)
@@ -101,20 +90,18 @@ def test_a_pipe_is_read_only_where_a_program_writes_into_it():
     os.close(read)
 
 def test_older_data_set_is_replaced_and_nothing_else():
-    for folder in ('elsewhere', 'data/mine'):
+    for folder in ('elsewhere', 'data'):
         os.makedirs(folder)
-    os.symlink(os.path.abspath('elsewhere'), 'data/linked')
-    Path('data/mine/thesis.txt').write_text('precious')
-    for dataset in ('mine', 'linked'):
-        make('old text ' * 9, dataset)
-        assert load_meta(make(dataset=dataset))['n_chars'] == len(TEXT)
-    assert Path('data/mine/thesis.txt').read_text() == 'precious'
-    assert os.path.islink('data/linked') and sorted(os.listdir('elsewhere')) == PARTS
-    assert sorted(os.listdir('data/mine')) == [*PARTS[:1], 'thesis.txt', *PARTS[1:]]
+    os.symlink(os.path.abspath('elsewhere'), 'data/mine')
+    Path('elsewhere/thesis.txt').write_text('precious')
+    make('old text ' * 9)
+    assert load_meta(make())['n_chars'] == len(TEXT) and os.path.islink('data/mine')
+    assert Path('elsewhere/thesis.txt').read_text() == 'precious'
+    assert sorted(os.listdir('elsewhere')) == sorted([*PARTS, 'thesis.txt'])
 
 @pytest.mark.parametrize('name, words', [
     ('train.bin', 'data/mine has a train.bin without a meta.json of ours'),
-    ('val.bin', 'has a val.bin'), ('meta.json', 'mine/meta.json is of another kind')])
+    ('meta.json', 'mine/meta.json is of another kind')])
 def test_the_files_of_another_program_are_not_replaced(name, words):
     os.makedirs('data/mine')
     Path('data/mine', name).write_text('{"vocab": 3}')
@@ -124,7 +111,7 @@ def test_the_files_of_another_program_are_not_replaced(name, words):
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left')])
 @pytest.mark.parametrize('owner, name, last', [
-    (os, 'mkdir', ''), (Path, 'write_bytes', 'val.bin'), (os, 'replace', 'train.bin')])
+    (Path, 'write_bytes', 'val.bin'), (os, 'replace', 'train.bin')])
 def test_failure_leaves_the_older_data_set_and_nothing_else(monkeypatch, error, owner, name, last):
     make()
     before = {part: Path('data/mine', part).read_bytes() for part in PARTS}
@@ -140,14 +127,10 @@ def test_failure_leaves_the_older_data_set_and_nothing_else(monkeypatch, error, 
     assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir()} == before
 
 @pytest.mark.parametrize('name, content, words', [
-    ('meta.json', None, 'meta.json is missing'), ('train.bin', None, 'train.bin is missing'),
-    ('val.bin', b'x' * 19, 'val.bin is damaged'), ('train.bin', bytes(172), 'train.bin is damaged'),
-    ('meta.json', b'{', 'meta.json|JSON'), ('meta.json', b'\xff', 'meta.json|damaged|codec'),
-    ('meta.json', b'[]', 'older'), ('meta.json', b'[' * 100000, 'damaged'),
+    ('train.bin', None, 'train.bin is missing'), ('train.bin', bytes(172), 'train.bin is damaged'),
+    ('meta.json', b'{', 'meta.json|JSON'), ('meta.json', b'[' * 100000, 'damaged'),
     *[('meta.json', {key: value}, 'damaged') for key, value in (
-        ('files', None), ('vocab_size', '13'),
-        ('vocab_size', 15), ('sha256', None), ('tokenizer', {'kind': 'gpt2'}), ('tokenizer', None),
-        ('tokenizer', {'kind': 'char', 'chars': 'zyxwvutsrqpon'}))]])
+        ('files', None), ('vocab_size', 15), ('sha256', None), ('tokenizer', None))]])
 def test_damaged_data_set(name, content, words):
     path = Path(make(), name)
     load_meta(path.parent)
@@ -163,12 +146,9 @@ def test_characters_there_and_back():
     assert tokenizer.encode('').tolist() == [] and tokenizer.decode([]) == ''
     assert tokenizer.decode(np.array(ids)) == 'b😀\na'
     assert tokenizer.encode('é').dtype == 'u2'
-    for text, words in (('abc', "'c'|U+0063|position 102|gpt2"), ('\0', '\\x00|U+0000'),
-                        ('\U0001f601', 'U+1F601|position 100'), ('\udcff', "'\\udcff'|U+DCFF")):
+    for text, words in (('abc', "'c'|U+0063|position 102|gpt2"), ('\udcff', "'\\udcff'|U+DCFF")):
         check_error(words, tokenizer.encode, text, start=100)
-
-def test_damaged_tokenizer():
-    for spec in (None, [], {}, {'kind': 'word'}, {'kind': 'char'}, {'kind': ['char']},
+    for spec in (None, {}, {'kind': 'word'}, {'kind': ['char']},
                  *({'kind': 'char', 'chars': chars} for chars in ('', 'ba', 'aa', ['a']))):
         check_error('damaged tokenizer', Tokenizer, spec)
 
@@ -186,7 +166,6 @@ def test_gpt2():
     assert gpt2.encode('hello world').tolist() == [31373, 995] and gpt2.vocab_size == 50257
     assert gpt2.decode(gpt2.encode(TEXT).tolist()) == TEXT
     assert gpt2.decode(gpt2.encode('😀').tolist()[:1]) == '\ufffd'
-    assert 50256 not in gpt2.encode('<|endoftext|>')
     signs = ''.join(map(chr, range(14, 26)))  # of tasks/needle.py
     assert gpt2.encode(signs).tolist() == [*range(202, 214)]
     assert len(gpt2.encode('^' * 1_000_000)) == 250_000
@@ -222,14 +201,14 @@ def test_python_text(here, monkeypatch):
     assert sorted(mixed[0].split()) == [b'1', b'2', b'<abc.py>', b'<os.py>']
 
 @pytest.fixture
-def shakespeare(web, monkeypatch):  # noqa: F811
+def shakespeare(web, monkeypatch):
     """prepare() of what a server on this machine has in place of tiny Shakespeare."""
     web.content = TRUE
     monkeypatch.setattr(prepare, 'SHAKESPEARE_URL', f'http://127.0.0.1:{web.server_port}')
     monkeypatch.setattr(prepare, 'SHAKESPEARE_SHA256', sha256(TRUE))
     return lambda **settings: prepare.prepare('shakespeare', data_dir=os.getcwd(), **settings)
 
-def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare):  # noqa: F811
+def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare):
     web.answers = ['broken', 'whole']
     meta = load_meta(shakespeare())
     assert meta['source'] == 'shakespeare.txt' and meta['n_chars'] == len(TRUE)
@@ -240,7 +219,7 @@ def test_download_is_kept_and_used_again_only_if_it_is_right(web, shakespeare): 
     Path('copy.txt').write_bytes(TRUE)
     assert load_meta(shakespeare(file='copy.txt'))['source'] == 'copy.txt'
 
-def test_failed_download(web, shakespeare, monkeypatch):  # noqa: F811
+def test_failed_download(web, shakespeare, monkeypatch):
     web.answers = ['broken', 'broken', 'wrong']
     words = f'SHA-256|{prepare.SHAKESPEARE_URL}|--file=PATH|python prepare.py python'
     check_error(words, shakespeare, kind=DownloadError)
@@ -249,26 +228,15 @@ def test_failed_download(web, shakespeare, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, 'requests', None)
     check_error('cannot fetch|requests', shakespeare, kind=DownloadError)
 
-def test_program(here):
-    Path('my.txt').write_text('a' * 25)
-    done = command('mine', '--file=my.txt', '--data_dir=d')
-    assert (done.returncode, done.stderr, os.listdir('d')) == (0, '', ['mine'])
-    assert done.stdout == ('mine: 22 training and 3 validation tokens, vocabulary of 1, '
-                           f'written to {here}/d/mine\n')
-    done = command('--help')
-    assert done.stdout.startswith('usage: python prepare.py DATASET [--key=value ...]\n')
-    assert done.stdout.count('\n  --') == 4 and "--tokenizer='char'  char (one" in done.stdout
-    for argv, words in (([], 'write python prepare.py NAME'), (['a', 'b'], 'only one dataset'),
-                        (['a', '--HERE=1'], 'unknown key'), (['a'], '--file=PATH')):
-        done = command(*argv)
-        assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1)
-        assert done.stderr.startswith('error: ') and words in done.stderr
-
 def test_program_interrupted_and_import_that_does_nothing():
-    done = command('python', '--data_dir=d', setup='import os, _thread\nreal = os.mkdir\n'
-                   'os.mkdir = lambda *args: (real(*args), _thread.interrupt_main())')
-    assert done.returncode and done.stderr == 'stopped\n'
+    for argv, setup, printed, said in (
+            (['python', '--data_dir=d'], 'import os, _thread\nreal = os.mkdir\nos.mkdir = lambda '
+             '*args: (real(*args), _thread.interrupt_main())', '', 'stopped\n'),
+            (['--nonsense'], 'import prepare, sys\nprint({"torch", "requests", "tiktoken"} & '
+             '{*sys.modules})\nraise SystemExit(1)', 'set()\n', '')):
+        code = (f"{setup}\nimport runpy, sys\nsys.argv = ['prepare.py', *sys.argv[1:]]\n"
+                f"runpy.run_path({os.path.join(ROOT, 'prepare.py')!r}, run_name='__main__')")
+        done = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': ROOT})
+        assert done.returncode and (done.stdout, done.stderr) == (printed, said)
     assert not [path for path in Path('d').rglob('*') if path.is_file()]
-    done = command('--nonsense', setup='import prepare\nimport sys\nprint({"torch", "requests", '
-                   '"tiktoken"} & {*sys.modules})\nraise SystemExit(0)')
-    assert (done.stdout, done.stderr, os.listdir()) == ('set()\n', '', ['d'])

@@ -12,9 +12,9 @@ from conftest import ROOT, flags
 from safetensors.torch import load_file, save_file
 from small import all_logits, make, tokens
 from test_errors import check, contents
-from test_files import CONTENT, web  # noqa: F401 (a fixture)
 from test_probe import SMALL
 from test_train import equal
+from web import CONTENT
 
 from lib import checkpoint as ckpt
 from lib import pretrained
@@ -91,23 +91,20 @@ def test_what_is_no_gpt2_goes_with_what_it_needs(run, tmp_path, capsys, kind, si
     assert (tmp_path / 'new' / 'place' / 'probe.json').is_file()
 
 @pytest.mark.parametrize('spoiled, part', [
-    (dict(activation_function='relu'), "activation_function='relu' does not fit"),
-    (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
-    *[({key: False}, f'{key}=False') for key in ('scale_attn_weights', 'tie_word_embeddings')],
-    (dict(add_cross_attention=True), 'add_cross_attention=True'), (dict(n_inner=24), 'n_inner=24'),
-    (dict(layer_norm_epsilon=1e-6), 'epsilon=1e-06'), (dict(model_type='llama'), "type='llama'"),
+    *[({key: value}, f'{key}={value!r} does not fit') for key, value in (
+        ('activation_function', 'relu'), ('scale_attn_by_inverse_layer_idx', True),
+        ('scale_attn_weights', False), ('tie_word_embeddings', False), ('n_inner', 24),
+        ('add_cross_attention', True), ('layer_norm_epsilon', 1e-6), ('model_type', 'llama'))],
     (dict(n_head=3), 'must be a multiple of n_head=3'), (dict(n_head='2'), "n_head='2' must be"),
-    (dict(n_layer=0), 'n_layer=0 must'), (dict(n_layer=5), 'has no transformer.h.4'),
-    *[({key: 16}, f'{WTE} is [11, 8], not vocab_size') for key in ('n_embd', 'vocab_size')],
+    (dict(n_layer=5), 'has no transformer.h.4'), ({WTE: None}, f'{WTE} is [0]'),
+    (dict(vocab_size=16), f'{WTE} is [11, 8], not vocab_size'),
     (dict(n_positions=9), f'{WPE} is [12, 8], not n_positions * n_embd = [9, 8]'),
-    ({WTE: None}, f'{WTE} is [0]'), ({WPE: torch.ones(12)}, f'{WPE} is [12]'),
     (dict(model_type='foldgpt', foldgpt=[]), "its 'model_args' is missing or damaged"),
     ({'score.weight': torch.ones(2, 8)}, 'has a score.weight'),
     ({'lm_head.weight': torch.ones(11, 8)}, f'lm_head.weight is not {WTE}'),
     ({WTE: torch.full((11, 8), torch.nan)}, f'{WTE} of the checkpoint is not finite'),
-    ({WTE: torch.ones(11, 8).double()}, 'float64'), ({WTE: torch.ones(11, 8).int()}, 'int32'),
-    ({'config.json': b'[]'}, 'TypeError'), ({'config.json': b'{'}, 'JSONDecodeError'),
-    *[({'model.safetensors': raw}, 'files of pickle, such as') for raw in (b'', b'\xff', TRAP)]])
+    ({WTE: torch.ones(11, 8).double()}, 'float64'), ({'config.json': b'[]'}, 'TypeError'),
+    *[({'model.safetensors': raw}, 'files of pickle, such as') for raw in (b'', TRAP)]])
 def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, spoiled, part):
     monkeypatch.chdir(tmp_path)
     export('hf', **GPT2)
@@ -120,7 +117,6 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, spoile
         (tmp_path / 'hf' / name).write_bytes(content)
     before = contents(tmp_path)
     check(run('sample.py', '--init_from=hf'), part)
-    check(run('lib/pretrained.py', 'hf', 'new'), part)
     assert contents(tmp_path) == before and os.listdir() == ['hf']
 
 def test_a_folder_starts_a_fold(train, start, run, tmp_path, data_dir):
@@ -141,7 +137,7 @@ def test_a_folder_starts_a_fold(train, start, run, tmp_path, data_dir):
     assert done.code == 0, done.err
     assert torch.load(tmp_path / 'cut' / 'last.pt')['model']['transformer.h.3.attn.past_gate'].all()
 
-def test_published_weights(web, run, train, tmp_path, monkeypatch):  # noqa: F811
+def test_published_weights(web, run, train, tmp_path, monkeypatch):
     """sample.py needs no run for them; without a network, one line says what to do by hand."""
     export(tmp_path / 'hf', vocab_size=50257, n_layer=1, block_size=1024, **GPT2)
     web.content, web.answers = (tmp_path / 'hf' / 'model.safetensors').read_bytes(), ['whole']

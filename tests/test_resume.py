@@ -23,18 +23,16 @@ def kill(*args):
     raise KeyboardInterrupt  # which nothing catches
 
 @pytest.mark.parametrize('mode', [
-    dict(), dict(model_type='gpt', stream=True, gradient_accumulation_steps=2),
-    dict(recompute=True, carry='gated'),
+    dict(model_type='gpt', gradient_accumulation_steps=2), dict(recompute=True, carry='gated'),
     dict(stream=True, bptt_segments=1, recompute=True, gradient_accumulation_steps=2),
     dict(task='needle'), dict(task='needle', filler='text', key_length=2, carry='plain'),
-    dict(task='needle', model_type='gpt'), dict(task='pairs'), dict(task='pairs', passed_at=2.0),
-    dict(task='track'), dict(task='mqar')])
+    dict(task='pairs'), dict(task='pairs', passed_at=2.0), dict(task='track'), dict(task='mqar')])
 def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypatch):
     """And saving more often changes nothing."""
-    settings = dict(max_iters=11, eval_interval=6, log_interval=3, **mode)
+    settings = dict(max_iters=9, eval_interval=5, log_interval=3, **mode)
     assert train(out_dir=tmp_path / 'whole', **settings).code == 0
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, lambda optimizer, n: n < 10 or kill())
+        watch(patch, lambda optimizer, n: n < 9 or kill())
         train(checkpoint_interval=4, **settings)
     saved = load(tmp_path / 'out' / 'last.pt')
     assert saved['iter_num'] == 8
@@ -73,16 +71,15 @@ def test_a_kill_at_any_moment_is_undone(train, resume, tmp_path, monkeypatch):
         assert_same_runs(tmp_path / 'whole', folder)
     assert 12 < at < 20
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_the_update_saves_and_ends(train, resume, tmp_path, monkeypatch, number):
+def test_a_signal_finishes_the_update_saves_and_ends(train, resume, tmp_path, monkeypatch):
     settings = dict(log_interval=4, stream=True)
     train(out_dir=tmp_path / 'whole', **settings)
-    before = signal.getsignal(number)
+    before = signal.getsignal(signal.SIGHUP)
     with monkeypatch.context() as patch:
-        watch(patch, lambda optimizer, n: n != 7 or os.kill(os.getpid(), number))
+        watch(patch, lambda optimizer, n: n != 7 or os.kill(os.getpid(), signal.SIGHUP))
         stopped = train(**settings)
-    assert stopped.code == 0 and f'stopped by {number.name} after iteration 7 of 20' in stopped.out
-    assert signal.getsignal(number) == before and resume().code == 0
+    assert stopped.code == 0 and 'stopped by SIGHUP after iteration 7 of 20' in stopped.out
+    assert signal.getsignal(signal.SIGHUP) == before and resume().code == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'out')
 
 def test_a_second_signal_ends_at_once(train, tmp_path, monkeypatch):
@@ -108,9 +105,9 @@ def test_a_folder_has_one_process_and_a_closed_pipe_saves(train, resume, tmp_pat
 def test_torn_lines_and_files_are_dropped_and_a_finished_run_stays(train, resume, tmp_path):
     train(out_dir=tmp_path / 'whole', decay_from=1.0)
     train(max_iters=10, decay_from=1.0)
-    for torn in ('{"iter": 11, "lo', '{"iter": 9, "event": "torn"}', '{"no": "iter"}\n', '[]\n',
-                 '{"iter": 9, {"iter": 9}\n'):
-        with open(tmp_path / 'out' / 'log.jsonl', 'a') as f:
+    for torn in ('{"no": "iter"}\n[]\n\xff\n{"iter": 9, {"iter": 9}\n{"iter": 11, "lo',
+                 '{"iter": 9, "event": "torn"}'):
+        with open(tmp_path / 'out' / 'log.jsonl', 'a', encoding='latin-1') as f:
             f.write(torn)
         (tmp_path / 'out' / '.last.pt.99999.tmp').write_bytes(b'torn')
         done = resume()
@@ -120,33 +117,26 @@ def test_torn_lines_and_files_are_dropped_and_a_finished_run_stays(train, resume
     assert not list((tmp_path / 'out').glob('.*.tmp'))
 
 def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
-    train(max_iters=10, batch_size=3, learning_rate=5e-3, dtype='bfloat16', compile='off',
-          threads=1)
+    train('rmt', max_iters=10, batch_size=3, learning_rate=5e-3, dtype='bfloat16', compile='off',
+          threads=1, memory=2)
     done = resume('--max_iters=12', '--weight_decay=0.2', '--batch_size=6', '--seed=5',
-                  '--n_embd=32', '--dataset=other')
+                  '--n_embd=32', '--dataset=other', '--memory=3')
     assert done.code == 0 and ', bfloat16\n' in done.out, done.err
     s = done.globals['s']
     assert (s.learning_rate, s.threads, s.compile, s.data_dir) == (5e-3, 1, 'off', str(data_dir))
-    for key, value in (('seed', 1337), ('n_embd', 16), ('dataset', 'tiny')):
+    for key, value in (('seed', 1337), ('n_embd', 16), ('dataset', 'tiny'), ('memory', 2)):
         assert f'resume: {key} stays {value!r}' in done.out
         assert load(tmp_path / 'out' / 'last.pt')['config'][key] == value
     assert [group['weight_decay'] for group in done.globals['optimizer'].param_groups] == [0.2, 0]
     tokens = dict(records(tmp_path / 'out', 'tokens'))
     assert (tokens[10], tokens[11], tokens[12]) == (10 * 48, 10 * 48 + 96, 10 * 48 + 192)
 
-def test_a_resumed_run_keeps_the_keys_of_its_model(train, resume):
-    train('rmt', max_iters=1, memory=2)
-    done = resume('--max_iters=2', '--memory=3')
-    assert done.code == 0 and 'resume: memory stays 2' in done.out, done.err
-
 @pytest.mark.parametrize('before, given, problem', [
-    (dict(stream=True), ['--stretch=32'], 'stretch'), (dict(batch_size=8), ['--stretch=64'], ''),
     (dict(stretch=32), ['--stream=True'], 'stretch'),
-    (dict(min_lr=0), ['--learning_rate=5e-5'], ''), (dict(), ['--threads=-1'], 'threads'),
+    (dict(min_lr=0), ['--learning_rate=5e-5'], ''),
     (dict(stream=True), ['--batch_size=2'], '4 rows'),
     (dict(stream=True), ['--batch_size=2', '--stream=False'], ''),
     (dict(task='needle'), ['--symbols=5', '--key_length=2', '--batch_size=2'], ''),
-    (dict(task='pairs'), ['--names=9', '--batch_size=2'], ''),
     (dict(task='pairs'), ['--dropout=0.5', '--fresh=5'], 'fresh=5')])
 def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given, problem):
     """And not the defaults, which it does not go on with."""
@@ -154,9 +144,9 @@ def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given
     done = resume('--max_iters=3', *given)
     assert done.code == len(done.err.splitlines()) == bool(problem) and problem in done.err
 
-def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monkeypatch):
-    train(max_iters=2)
-    best, last = (tmp_path / 'out' / name for name in ('ckpt.pt', 'last.pt'))
+def test_what_cannot_be_resumed_is_told_in_a_line(trained, resume, monkeypatch):
+    out = trained()
+    best, last = (out / name for name in ('ckpt.pt', 'last.pt'))
     good = load(last)
 
     def refused(words, **changes):
@@ -171,11 +161,11 @@ def test_what_cannot_be_resumed_is_told_in_a_line(train, resume, tmp_path, monke
     last.write_bytes(last.read_bytes()[:-99])
     assert 'is not a readable checkpoint' in resume().err
     os.replace(best, last)
-    (tmp_path / 'out' / 'log.jsonl').unlink()
+    (out / 'log.jsonl').unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch(patch, kill)
         resume('--max_iters=3')
     assert last.exists() and resume('--max_iters=3').code == 0
 
 def test_killed_with_sigkill_and_resumed():
-    kill_and_resume.main(2, ['text'])
+    kill_and_resume.main(1, ['text'])

@@ -47,7 +47,7 @@ def test_a_window_advances_by_half_its_width(w, n, monkeypatch):
                     for t, start in enumerate(first)]
         assert losses.tolist() == pytest.approx(expected, abs=1e-5)
 
-@pytest.mark.parametrize('T', [5, 8, 11, 12, 15, 20, 40])
+@pytest.mark.parametrize('T', [5, 8, 11, 12, 20, 40])
 @pytest.mark.parametrize('n', [1, 5])
 def test_last_losses_are_those_with_all_that_a_model_sees_of_the_row(T, n, monkeypatch):
     monkeypatch.setattr(scoring, 'tokens_per_call', lambda model: 2 * T)  # not all rows at once
