@@ -12,8 +12,8 @@ segment]; its output gives the logits and is carried on. All other code calls wh
     X^{s-1}_{N,N+i}   `past` in GlobalBlock              segment s-1, i global layers later   eq. 13
     X^s_{N,N}         carry                              output of s: logits and carry        eq. 15
 
-The defaults are the paper's. `position`, `local`, `past`, `carry` and `past_gate` of the configs
-change one thing each.
+The defaults are the paper's. `position`, `local`, `past` and `carry` of the configs change one
+thing each.
 """
 import math
 from dataclasses import dataclass
@@ -72,7 +72,6 @@ class FoldConfig(GPTConfig):
     past: str = 'evolving'  # the past half: 'evolving', or 'frozen', as it came; or no recurrence:
                             # 'local', X^{s-1}_{N,0}, or 'none'
     carry: str = 'plain'    # 'plain', the paper's, or 'gated', mixed with the carry before
-    past_gate: bool = False  # a gate a channel to the past half, which training opens from 0 on
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,8 +82,6 @@ class FoldConfig(GPTConfig):
             raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
         if self.carry == 'gated' and not self.recurrent:
             raise ValueError(f"carry='gated' has no carry to mix with past={self.past!r}")
-        if self.past_gate and self.past == 'none':
-            raise ValueError("past_gate=True has no past half to open to with past='none'")
 
     @property
     def recurrent(self):
@@ -171,23 +168,6 @@ class CausalSelfAttention(nn.Module):
         weights = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5).softmax(dim=-1)  # (A*B, n, S)
         return (torch.dropout(weights, p, self.training) @ v).view(A, B, n, D)
 
-class GatedAttention(CausalSelfAttention):
-    """g of the attention in a window of two segments, and 1 - g of that in the current one alone,
-    where g, a number a channel, is 0 to begin with. The past half is not gated."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.l, self.past_gate = config.segment_size, nn.Parameter(torch.zeros(config.n_embd))
-
-    def attend(self, q, k, v):
-        both, l = super().attend(q, k, v), self.l
-        n = k.size(2) - l  # tokens of the current half, of which q may ask for the last alone
-        if n <= 0:  # nothing is past
-            return both
-        alone = super().attend(q[:, :, -n:], k[:, :, l:], v[:, :, l:])
-        g = 16 * self.past_gate.view(self.n_head, 1, -1)  # 16 times: it opens in few updates
-        return torch.cat((both[:, :, :-n], alone + g * (both[:, :, -n:] - alone)), dim=2)
-
 def cached(make):
     """make, with its results kept by their arguments; torch.compile takes them for constants, as
     lib/device.py tells it."""
@@ -246,11 +226,6 @@ class LocalBlock(Block):
 
 class GlobalBlock(Block):
     """Layer i of the global transformer: both halves of the window one step on in time."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.past_gate:
-            self.attn = GatedAttention(config)
 
     def forward(self, past, current, cache=None, frozen=False):
         """X^{s-1}_{N,N+i-1} (B, l, C) and X^s_{N,i-1} (B, n, C) -> both, one layer on. past None:

@@ -54,7 +54,7 @@ init_from = 'scratch'       # 'scratch', 'resume' (goes on with out_dir/last.pt)
 overwrite = False           # start over in an out_dir that holds another run
 seed = 1337                 # of the weights, of dropout and of the order of the data
 # model
-model_type = 'fold'         # 'fold', 'gpt', or a peer of models/: 'rmt', 'lstm', ...
+model_type = 'fold'         # 'fold', 'gpt', or another of models/: 'gated_fold', 'rmt', ...
 block_size = 192            # L, tokens of a training sequence; the window of a GPT
 segment_size = 12           # l, tokens of a fold's segment
 n_local = 2                 # local layers of a fold
@@ -62,7 +62,6 @@ n_global = 2                # global layers of a fold
 local = 'segment'           # local layers see their 'segment', or, 'sliding', the last l tokens
 past = 'evolving'           # past half: 'evolving', 'frozen'; without recurrence: 'local', 'none'
 carry = 'plain'             # of a fold: 'plain', the paper's, or 'gated', mixed with the one before
-past_gate = False           # of a fold: the past half is shut out until training opens its gates
 n_layer = 4                 # layers of a GPT
 window = 0                  # tokens that a layer of a GPT sees, sliding; 0 is the whole block
 position = 'learned'        # 'learned', an embedding of each place, 'rotary' or 'none'
@@ -299,7 +298,7 @@ else:
               and checkpoint.get('config', {}).get(key, getattr(s, key)) != getattr(s, key)]
     require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry',
-           'past_gate', 'window', 'dropout')
+           'window', 'dropout')
     sizes = {**{key: getattr(s, key) for key in own}, 'border': job.sizes.get('border', -1)}
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()

@@ -10,11 +10,10 @@ init_from = 'gpt2'  # or a folder of Hugging Face's format
 out_dir = 'out/fold_gpt2'
 dataset = 'long'
 
-model_type = 'fold'
+model_type = 'gated_fold'  # starts as GPT-2 in windows of 512: folded at once it would be harmed
 segment_size = 512  # half of GPT-2's window
 n_local = 9         # FLOPs a token with 11 local layers: 0.81 billion, with 6: 1.10, with 0: 1.45
 n_global = 3
-past_gate = True    # starts as GPT-2 in windows of 512, where learned positions would do harm
 
 block_size = 8192   # 16 segments
 batch_size = 4      # the logits of a segment of four rows are 412 MB in float32

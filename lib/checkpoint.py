@@ -114,7 +114,7 @@ def load_weights(model, state_dict):
     for name in sorted(own.keys() ^ weights.keys()):
         side = 'has no' if name in own else 'has a'
         raise SystemExit(f'error: the checkpoint {side} {name}: take the model_type, layers, '
-                         f'carry, position and past_gate of its training, and its model.py')
+                         f'carry and position of its training, and its model.py')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)
         remedy = f'a window or segment of {then[0]} at most' if name == wpe else 'the same sizes'

@@ -3,6 +3,7 @@ from model import FoldConfig, GPTConfig
 from models.cached import GPT, FoldGPT
 from models.deltanet import DeltaNet
 from models.feedback import Feedback, FeedbackConfig
+from models.gated import GatedFold
 from models.infini import Infini, InfiniConfig
 from models.linear import Linear
 from models.lstm import LSTM
@@ -13,6 +14,7 @@ from models.transformer_xl import TransformerXL, TransformerXLConfig
 MODELS = {
     'gpt': (GPTConfig, GPT),
     'fold': (FoldConfig, FoldGPT),
+    'gated_fold': (FoldConfig, GatedFold),
     'transformer_xl': (TransformerXLConfig, TransformerXL),
     'rmt': (RMTConfig, RMT),
     'infini': (InfiniConfig, Infini),

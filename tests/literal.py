@@ -109,6 +109,8 @@ class Literal:
             carry = {t: x[t] for t in current} if c.past == 'local' else current
         return outputs
 
+    gatedfold = foldgpt
+
     def gpt(self, x):
         return self.layers(x, lambda t: t - self.l + 1)
 

@@ -98,7 +98,7 @@ KEYS = [dict(position=position, local=local, past=past, carry=carry)
         for position in ('learned', 'rotary') for local in ('segment', 'sliding')
         for past, carry in (('evolving', 'plain'), ('evolving', 'gated'), ('frozen', 'plain'),
                             ('frozen', 'gated'), ('local', 'plain'), ('none', 'plain'))]
-KEYS += [{**KEYS[i], 'past_gate': True} for i in (0, 4, 19, 20)]
+KEYS += [{**KEYS[i], 'kind': 'gated_fold'} for i in (0, 4, 19, 20)]
 SOME_KEYS = [KEYS[i] for i in (0, 1, 4, 8, 10, 14, 18, 19, 21, 23)]
 
 TURNED = dict(position='rotary', rotary_base=50.0)

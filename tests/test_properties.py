@@ -36,7 +36,7 @@ def seen_until(model, t, layers=LAYERS):
         return (t // l + 1 + layers) * l
     if kind == 'GPT' and c.window:
         return t + 1 + layers * (l - 1)
-    if kind != 'FoldGPT' or c.recurrent:
+    if kind not in ('FoldGPT', 'GatedFold') or c.recurrent:
         return math.inf
     last = t + c.n_local * (l - 1) * (c.local == 'sliding')  # that local layers show it to
     return (last // l + 1 + (c.past == 'local')) * l
