@@ -41,6 +41,8 @@ def contents(folder):
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
     (dict(out_dir=ROOT), ['is not empty', '--out_dir=... goes elsewhere']),
     (dict(model_type='gpt', bptt_segments=2), ['has no segments', 'bptt_segments must be 0']),
+    (dict(model_type='gpt', recompute=True), ['has no segments', 'recompute False']),
+    (dict(dtype='float16'), ['dtype must be']), (dict(compile='yes'), ['compile must be']),
     (dict(products='mkl'), ['products must be', "not 'mkl'"]),
     (dict(dataset='tinny'), ["'tinny'"]),
     (dict(threads=100000), ['threads=100000 is more than this machine can use']),

@@ -1,4 +1,6 @@
 """A captured micro-step: the gradients of the plain one, bit for bit, by a stand-in for CUDA."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from small import SEGMENT, SOME_KEYS, gradients, make, tokens
@@ -63,9 +65,16 @@ def test_captured_gradients_are_the_plain_ones_bit_for_bit(kind, sizes):
     expected = updates(model, None, T)
     found = updates(model, Graphs(stand), T)
     assert (stand.captured, stand.replayed) == (1, 7)  # one of them to compare
-    for a, b in zip(expected, found):  # what was returned is still as it was
+    for a, b in zip(expected, found):
         b = {name: b[name] for name in a} if isinstance(a, dict) else b
         equal(a, b)
+
+def test_what_is_returned_stays_as_it_is():
+    model = make()
+    step = Graphs(Stand(model))
+    first, second = (step(model, tokens(2, SEGMENT), tokens(2, SEGMENT), None, 1.0, 'cpu',
+                          nullcontext())[0] for _ in range(2))
+    assert first != second
 
 def test_each_shape_has_a_graph_up_to_so_many():
     """Chunks: without a carry, with one, and the short last one; then sequences of many lengths."""
@@ -135,7 +144,8 @@ def test_a_run_with_captured_updates_has_the_weights_of_one_without(train, tmp_p
     made = load_record(tmp_path / 'out' / 'record.json')
     assert made['settings']['compile'] == 'graph'
 
-@pytest.mark.parametrize('settings', [dict(recompute=True), dict(task='needle')])
+@pytest.mark.parametrize('settings', [dict(recompute=True), dict(task='needle'),
+                                      dict(document='\n')])
 def test_what_is_not_captured_says_so_and_compiles_the_blocks(train, monkeypatch, settings):
     asked = []
     monkeypatch.setattr('lib.device.choose_compile', lambda *args: 'graph')

@@ -157,6 +157,7 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
         assert f'tasks/text.py has no {part}: write one, as tasks/__init__.py says' in done.err
 
 @pytest.mark.parametrize('change, problem', [
+    (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(dataset=3), 'prepare it again with: python prepare.py 3'),
     (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
