@@ -159,8 +159,7 @@ def test_merging_the_settings_of_a_resumed_run():
     saved = dict(rate=1, iters=3, width=8, seed=1, threads=7, out_dir='a', gone=0)
     merged, notes = merge(saved, given, fixed=('width', 'seed', 'new'), here=('out_dir',))
     assert merged.as_dict() == dict(rate=1, iters=9, width=8, seed=1, threads=7, out_dir='b', new=5)
-    assert merged.given == given.given and notes == [
-        'resume: width stays 8', 'resume: the run does not say its new, which is 5 from here on']
+    assert merged.given == given.given and notes == ['resume: width stays 8']
     check_error("the saved run is damaged: rate='x': expected a finite", merge,
                 {**saved, 'rate': 'x'}, given)
 
