@@ -11,12 +11,11 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''  # tests are of the CPU; a GPU's are in 
 
 import pytest
 import torch
+from web import web  # noqa: F401 (a fixture)
 
 import compare
 from configurator import configure
 from lib.console import explain
-
-pytest_plugins = ['web']  # a fixture
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = ''.join(f'{a} {b} says: {a * b}.\n' for a in range(40) for b in ('ape', 'bee', 'cow'))
