@@ -1,19 +1,16 @@
 """The GPU session: its commands are in step with the scripts, and it keeps what it says it does."""
 import ast
 import os
-import sys
 import time
 
 import pytest
+import session
+import steps
 from conftest import ROOT
 
 from configurator import defaults_of
 from lib.contract import find_model
 from tasks import find_task
-
-sys.path.append(os.path.join(ROOT, 'tests', 'gpu'))
-import session  # noqa: E402
-import steps  # noqa: E402
 
 @pytest.fixture
 def record(monkeypatch, tmp_path):

@@ -9,18 +9,16 @@ import sys
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from itertools import count, product
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch  # noqa: E402
+import torch
 
-import bench  # noqa: E402
-from configurator import configure  # noqa: E402
-from lib.contract import make_model  # noqa: E402
-from lib.device import compile_blocks, pick_device  # noqa: E402
-from lib.gradients import backpropagate  # noqa: E402
-from lib.graphs import Graphs  # noqa: E402
-from models import MODELS  # noqa: E402
+import bench
+from configurator import configure
+from lib.contract import make_model
+from lib.device import compile_blocks, pick_device
+from lib.gradients import backpropagate
+from lib.graphs import Graphs
+from models import MODELS
 
 TINY = bool(os.environ.get('TINY'))
 DEVICE, DATASET = ('cpu', 'tiny') if TINY else ('cuda', 'shakespeare')

@@ -24,5 +24,6 @@ for python in "${PYTHON:-}" python3 python; do
 done
 [ -n "$python" ] || { echo 'error: no python with torch and numpy: name one by PYTHON=path'; exit 2; }
 cd "$(dirname "$0")/../.." || exit 2
+export PYTHONPATH=$PWD
 "$python" tests/gpu/session.py 2>&1 | tee "$OUT/session.log"
 exit "${PIPESTATUS[0]}"
