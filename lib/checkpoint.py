@@ -182,8 +182,8 @@ def load_state(path, model, generator=None):
         if generator and content['rng'].shape == generator.get_state().shape:
             generator.set_state(content['rng'])
     except Exception:  # whatever a file can hold in place of these tensors
-        raise SystemExit(f"error: {path} is damaged: its tensors are not those of this model's "
-                         f'state') from None
+        raise SystemExit(f"error: {path} is damaged, or of another version: its tensors are not "
+                         f"those of this model's state") from None
     return state
 
 def check_run(folder, resumes):

@@ -93,7 +93,10 @@ def broken(work):
 
 def failing(work):
     work()
-    raise RuntimeError('operation not permitted\nwhen stream is capturing')
+    try:
+        raise RuntimeError('operation not permitted\nwhen stream is capturing')
+    except RuntimeError:
+        raise ValueError('the capture ended') from None  # as the end of a failed one does
 
 @pytest.mark.parametrize('capture, why', [
     (failing, 'RuntimeError: operation not permitted when stream is capturing'),
@@ -104,6 +107,24 @@ def test_what_fails_is_told_in_a_line_and_done_without(capsys, capture, why):
     assert capsys.readouterr().err == (f"compile='graph' does not work here ({why}); going on "
                                        f'without it\n')
     assert not step.works and not step.graphs
+
+def test_a_failure_gives_back_the_graphs_before_it():
+    model = make().train()
+    step = Graphs(Stand(model))
+    updates(model, step)
+    assert step.graphs
+    step.capture = failing
+    updates(model, step, 2 * SEGMENT)
+    assert not step.works and not step.graphs
+
+def test_a_run_whose_capture_fails_says_that_nothing_is_compiled(train, tmp_path, monkeypatch):
+    monkeypatch.setattr('lib.device.choose_compile', lambda *args: 'graph')
+    monkeypatch.setattr('lib.device.compile_blocks', lambda model, compile, *args: compile)
+    monkeypatch.setattr(graphs, 'Graphs', lambda: Graphs(failing))
+    assert train(max_iters=2).code == 0
+    made = load_record(tmp_path / 'out' / 'record.json')
+    assert made['settings']['compile'] == 'off'
+    assert load(tmp_path / 'out' / 'last.pt')['provenance']['compiled'] == 'off'
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('factor', [1.0, 1.2])
