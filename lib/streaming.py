@@ -11,7 +11,7 @@ from lib.rows import Rows, rowwise
 from model import FUSED_FROM
 
 TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
-TOKENS_PER_CALL = 768  # read at once, at most, where the model takes whole recurrence steps
+TOKENS_PER_CALL = 6144  # of all rows: more in one call leave a CPU's caches, and take longer
 MOST_TRIED = 2048  # tokens of one call, where a model is tried out
 FEW_TOKENS = 64  # up to which oneDNN takes longer to call than to compute, on a CPU
 
@@ -138,7 +138,7 @@ def read_carry(model, idx, state, count):
     """One call of a model with a carry: whole recurrence steps at once, or some tokens of an open
     one, through its cache or computed anew. Returns logits (B, V), tokens read, what changes."""
     u = unit(model)
-    place, whole = count % u, min(max(1, TOKENS_PER_CALL // u), idx.size(1) // u)
+    place, whole = count % u, min(max(1, TOKENS_PER_CALL // idx.size(0) // u), idx.size(1) // u)
     carry = state.carry if count >= u else None
     if place == 0 and whole:
         logits, _, carry = model(idx[:, :whole * u], carry=carry)
