@@ -205,6 +205,8 @@ def speeds(side, size, T, s, turn=nullcontext):
                  'compiled': compiled()}
         updates = compiled = None
         torch.cuda.empty_cache()  # others may need the memory while this one waits
+        if s.device.startswith('cuda'):
+            torch.cuda.reset_peak_memory_stats()
         yield found
         if 4 * B > s.largest_batch or speed < 1.05 * best:
             return

@@ -183,9 +183,10 @@ def keep_of_log(record):
 
 def evaluate():
     """Evaluate, log and tell; save, as ckpt.pt too if no evaluation was better."""
-    if run.done >= s.max_iters:
-        check_reading(model)  # once more, with weights that may have been 0 to begin with
-    run.val = job.evaluate()
+    with machine.uncompiled(compile):  # its many shapes are not worth compiling
+        if run.done >= s.max_iters:
+            check_reading(model)  # once more, with weights that may have been 0 to begin with
+        run.val = job.evaluate()
     loss = run.val['val_loss']
     stop_unless_finite(loss, 'the validation loss')
     is_best, run.best = loss <= run.best, min(run.best, loss)
@@ -267,7 +268,8 @@ machine.set_threads(s.threads)
 device = processes.join(machine.pick_device(s.device))
 use_bfloat16 = machine.takes_bfloat16(s.dtype, device)
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16, use_bfloat16)
-compile = machine.choose_compile(s.compile, device, s.max_iters)
+steady = s.task == 'text' and not s.document  # else each update may have shapes of its own
+compile = machine.choose_compile(s.compile, device, s.max_iters if steady else 0)
 stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
 shared = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
 require(all(other == shared for other in processes.from_all(shared)), 'the processes have '

@@ -5,7 +5,7 @@ import re
 import statistics
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -123,8 +123,8 @@ def takes_bfloat16(dtype, device):
     return dtype == 'bfloat16' or dtype == 'auto' and native
 
 def choose_compile(compile, device, updates):
-    """'auto' -> what a run of so many updates is to compile: 'kernels' if it is a long one on CUDA,
-    else 'off', so that no run spends longer on compiling than on training. Not 'graph': captured
+    """'auto' -> what a run of so many updates of the same shapes is to compile: 'kernels' if it is a
+    long one on CUDA, else 'off', so that none compiles longer than it trains. Not 'graph': captured
     updates have not run on a GPU yet, and what they are worth is not measured
     (tests/gpu/session.sh). Raises SystemExit for 'graph' without CUDA."""
     cuda = device.startswith('cuda')
@@ -165,6 +165,10 @@ def compile_blocks(model, compile, device, B=2):
         return 'off'
     finally:
         model.zero_grad(set_to_none=True)
+
+def uncompiled(compile):
+    """A context in which nothing of what compile_blocks() returned is compiled."""
+    return torch.compiler.set_stance('force_eager') if compile == 'kernels' else nullcontext()
 
 def peak_mb(device):
     """The most memory there was: of the CUDA allocator, else of this process; in MB, or None where

@@ -26,6 +26,8 @@ def capture(work):
         with torch.cuda.graph(graph, pool=pool):
             found = work()
     except Exception:  # a capture that failed leaves its stream, memory, and random numbers
+        with suppress(Exception):  # what was begun may still write
+            torch.cuda.synchronize()
         torch.cuda.set_stream(own)
         random.graphsafe_set_state(kept)
         with suppress(Exception):  # nothing was allocated yet, or another version of torch
@@ -99,9 +101,10 @@ class Graphs:
             self.works = False
             self.graphs.clear()  # their memory is of use again
             cause = error.__context__ or error  # capturing ends with an error of its own
-            reason = ' '.join(str(cause).split())[:80]
-            print(f"compile='graph' does not work here ({type(cause).__name__}: {reason}); going "
-                  f'on without it', file=sys.stderr)
+            kind, reason = type(cause).__name__, ' '.join(str(cause).split())[:80]
+            del cause  # its traceback would keep all memory of the trial
+            print(f"compile='graph' does not work here ({kind}: {reason}); going on without it",
+                  file=sys.stderr)
         finally:
             torch._foreach_copy_(self.grads, before)
             set_random_state(random, device)

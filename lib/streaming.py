@@ -99,9 +99,10 @@ def read_texts(model, idx, state):
     """read_ of tokens in which documents may begin."""
     if border(model) < 0:
         return read_document(model, idx, state)
-    begins = (idx == border(model)).any(dim=0)  # a document, with which its row starts anew
-    for part in idx.tensor_split(begins.nonzero()[:, 0].tolist(), dim=1):
-        rows = (part[:, :1] == border(model)).any(dim=1).nonzero()[:, 0]
+    begins = (idx == border(model)).cpu()  # a document, with which its row starts anew
+    places = begins.any(dim=0).nonzero()[:, 0].tolist()
+    for part, anew in zip(*(x.tensor_split(places, dim=1) for x in (idx, begins))):
+        rows = anew[:, :1].any(dim=1).nonzero()[:, 0]
         if len(rows):
             state.put(rows, empty_state(model, len(rows), state.cache is not None))
         read_document(model, part, state)

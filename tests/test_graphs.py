@@ -1,4 +1,6 @@
 """A captured micro-step: the gradients of the plain one, bit for bit, by a stand-in for CUDA."""
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +15,7 @@ from lib.gradients import backpropagate
 from lib.graphs import MOST, Graphs
 from lib.records import load_record
 from lib.rows import rowwise
+from lib.scoring import token_losses
 
 EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tuple
     *(('fold', SOME_KEYS[i]) for i in (0, 3, 7)), ('gpt', {}), ('gpt', {'window': SEGMENT}),
@@ -108,6 +111,21 @@ def test_what_fails_is_told_in_a_line_and_done_without(capsys, capture, why):
                                        f'without it\n')
     assert not step.works and not step.graphs
 
+def test_a_failure_keeps_no_memory_of_the_trial():
+    """Not until Python looks for cycles: the GPU is full now."""
+    alive = []
+
+    def capture(work):
+        taken = torch.zeros(9)
+        alive.append(weakref.ref(taken))
+        failing(work)
+    gc.disable()
+    try:
+        updates(make().train(), Graphs(capture))
+        assert [found() for found in alive] == [None]
+    finally:
+        gc.enable()
+
 def test_a_failure_gives_back_the_graphs_before_it():
     model = make().train()
     step = Graphs(Stand(model))
@@ -145,6 +163,27 @@ def test_blocks_are_compiled_for_a_graph_alone_and_rightly(monkeypatch, factor):
     finally:
         torch.compiler.set_stance('default')
 
+@pytest.mark.filterwarnings('ignore')
+def test_of_a_compiled_run_the_evaluation_is_not(train, monkeypatch):
+    real, calls, scored = torch.compile, [], []
+
+    def backend(graph, inputs):
+        return lambda *x: calls.append(1) or graph(*x)
+
+    def score(*args):
+        before = len(calls)
+        losses = token_losses(*args)
+        scored.append(len(calls) - before)
+        return losses
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    monkeypatch.setattr('tasks.text.token_losses', score)
+    try:
+        assert train(compile='kernels', max_iters=2, eval_interval=1).code == 0
+        assert calls and scored == [0, 0]
+    finally:
+        torch.compiler.reset()
+        torch.compiler.set_stance('default')
+
 def test_a_run_with_captured_updates_has_the_weights_of_one_without(train, tmp_path, monkeypatch):
     stands = []
     settings = dict(stream=True, bptt_segments=2, gradient_accumulation_steps=2, max_iters=8)
@@ -168,12 +207,14 @@ def test_a_run_with_captured_updates_has_the_weights_of_one_without(train, tmp_p
 @pytest.mark.parametrize('settings', [dict(recompute=True), dict(task='needle'),
                                       dict(document='\n')])
 def test_what_is_not_captured_says_so_and_compiles_the_blocks(train, monkeypatch, settings):
-    asked = []
-    monkeypatch.setattr('lib.device.choose_compile', lambda *args: 'graph')
+    asked, lengths = [], []
+    monkeypatch.setattr('lib.device.choose_compile',
+                        lambda compile, device, updates: lengths.append(updates) or 'graph')
     monkeypatch.setattr('lib.device.compile_blocks',
                         lambda model, compile, *args: asked.append(compile) or 'off')
     done = train(max_iters=1, **settings)
     assert done.code == 0 and asked == ['kernels'] and 'nothing is captured' in done.out, done.err
+    assert lengths == [int('recompute' in settings)]  # 'auto' compiles no shapes that change
 
 def test_what_is_chosen(monkeypatch):
     assert choose_compile('auto', 'cuda', LONG) == 'kernels'

@@ -62,7 +62,6 @@ def report(name, figures, limits):
 
 def gradients(piece):
     """How far gradients of the device, plain and captured, are from those in float64 on a CPU."""
-    pick_device(DEVICE)  # as the scripts do, which sets TF32
     half = torch.autocast(DEVICE, torch.bfloat16)
     for kind, sizes in CASES[piece]:
         model, (other, tokens) = make(kind, **sizes)
@@ -129,4 +128,5 @@ def speed(name, way, gate):
             fcntl.flock(file, fcntl.LOCK_SH)
 
 if __name__ == '__main__':
+    pick_device(DEVICE)  # as the scripts do, which sets TF32
     {'gradients': gradients, 'captured': captured, 'speed': speed}[sys.argv[1]](*sys.argv[2:])
