@@ -123,8 +123,8 @@ def takes_bfloat16(dtype, device):
     return dtype == 'bfloat16' or dtype == 'auto' and native
 
 def choose_compile(compile, device, updates):
-    """'auto' -> what a run of so many updates of the same shapes is to compile: 'kernels' if it is a
-    long one on CUDA, else 'off', so that none compiles longer than it trains. Not 'graph': captured
+    """'auto' -> what a run of so many updates of the same shapes is to compile: 'kernels' if it is
+    long and on CUDA, else 'off', so that none compiles longer than it trains. Not 'graph': captured
     updates have not run on a GPU yet, and what they are worth is not measured
     (tests/gpu/session.sh). Raises SystemExit for 'graph' without CUDA."""
     cuda = device.startswith('cuda')
