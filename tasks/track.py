@@ -27,7 +27,7 @@ from lib.rows import Rows
 from lib.streaming import new_state, read_
 
 cups = 3                # and as many objects
-every = 12              # tokens from a swap to the next, on average
+every = 12              # tokens of which one is a swap, at any place of them
 symbols = 16            # different filler symbols
 longest = 8             # segments of a new sequence, once the curriculum has grown, but one
 first = 1               # segments with which the curriculum starts, but one
@@ -71,8 +71,10 @@ class Sequences(RandomSequences):
         """The next T tokens, whole segments: tokens (B, T), targets (B, T), -1 where nothing is
         asked for, and the objects after them."""
         s, B, l = self.s, len(objects), self.l
-        swaps = self.uniform(B, T) < 1 / s.every
-        x = torch.where(swaps, self.integers(s.symbols, self.ask, B, T),
+        places = torch.arange(0, T, s.every)
+        places = places + self.integers(0, s.every, B, len(places))
+        swaps = torch.zeros(B, T + s.every, dtype=torch.bool).scatter_(1, places, True)
+        x = torch.where(swaps[:, :T], self.integers(s.symbols, self.ask, B, T),
                         self.integers(0, s.symbols, B, T))
         at = torch.arange(0, T, l) + self.integers(0, l - 1, B, T // l)
         which = self.integers(0, s.cups, B, T // l)
