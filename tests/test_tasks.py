@@ -253,7 +253,8 @@ def test_each_segment_asks_once_for_what_lies_under_a_cup(cups, every):
             i + 1: ask + 1 + cups + lying(sequences, row[:i])[row[i + 1] - ask - 1] for i in places}
     swaps = ((x >= 4) & (x < ask)).view(300, -1, every).sum(dim=-1)
     assert swaps.max() == 1  # more in one segment are another task
-    assert abs(swaps.float().mean() * 12 / 10 - 1) < 0.04 and len({*(y >= 0).nonzero()[:, 1].tolist()}) == 33
+    assert abs(swaps.float().mean() * 12 / 10 - 1) < 0.04
+    assert len({*(y >= 0).nonzero()[:, 1].tolist()}) == 33
 
 def test_tracked_objects_walk_on_with_their_memory():
     task = make_task('track', **TRACK, batch_size=8, leave=0.0, first=2, grow_at=1.0)
