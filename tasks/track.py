@@ -71,9 +71,9 @@ class Sequences(RandomSequences):
         """The next T tokens, whole segments: tokens (B, T), targets (B, T), -1 where nothing is
         asked for, and the objects after them."""
         s, B, l = self.s, len(objects), self.l
-        places = torch.arange(0, T, s.every)
-        places = places + self.integers(0, s.every, B, len(places))
-        swaps = torch.zeros(B, T + s.every, dtype=torch.bool).scatter_(1, places, True)
+        starts = torch.arange(0, T, s.every)
+        places = (starts + self.integers(0, s.every, B, len(starts))).clamp(max=T)
+        swaps = torch.zeros(B, T + 1, dtype=torch.bool).scatter_(1, places, True)
         x = torch.where(swaps[:, :T], self.integers(s.symbols, self.ask, B, T),
                         self.integers(0, s.symbols, B, T))
         at = torch.arange(0, T, l) + self.integers(0, l - 1, B, T // l)
