@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
 
+import probe
 from configurator import at_least, configure, defaults_of, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, count, require, say
@@ -55,6 +56,14 @@ CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token 
 QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 20,
                'distances': '12,48', 'sequences': 8, 'most': 2}
 
+def read_json(path):
+    """The dictionary in a file; {} if there is none, or it is damaged."""
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
 @dataclass
 class Run:
     """One model to train, and the folder of all that comes of it."""
@@ -71,11 +80,7 @@ class Run:
 
     def read(self, name):
         """The JSON in a file of its folder; {} if there is none."""
-        try:
-            found = json.loads((self.folder / name).read_text(encoding='utf-8'))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.folder / name)
 
     def write(self, name, value):
         write_file(self.folder / name, lambda f: f.write(json.dumps(value).encode()))
@@ -125,8 +130,14 @@ def read_comparison(name):
     c = {**KEYS, **given}
     require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: runs must name at least one run, and seeds be different numbers')
-    require((c['tokens'] > 0) != (c['updates'] > 0) and {*c['budgets']} <= {*BUDGETS},
-            f'{name}: tokens or updates must be above 0, and budgets some of {BUDGETS}')
+    require((c['tokens'] > 0) != (c['updates'] > 0),
+            f'{name}: tokens or updates must be above 0, and the other 0')
+    require({*c['budgets']} <= {*BUDGETS} and len({*c['budgets']}) == len(c['budgets'])
+            and (c['tokens'] or not c['budgets']),
+            f'{name}: budgets must be some of {BUDGETS}, beside tokens')
+    known = defaults_of(probe)
+    for key in c['probe']:
+        require(key in known, f'{name}: unknown key of probe {key!r}: {hint(key, known)}')
     for run in c['runs']:
         settings_of(c, run)
     require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
@@ -154,7 +165,7 @@ def plan(c, folder, costs, quick=False):
     {name: {budget: of a token}}."""
     found, first, base = [], next(iter(c['runs'])), 'tokens' if c['tokens'] else 'updates'
     samples = {'prompts': c['prompts'], 'new_tokens': 20 if quick else c['new_tokens']}
-    probe = {**c['probe'], **(QUICK_PROBE if quick else {})}
+    asked = {**c['probe'], **(QUICK_PROBE if quick else {})}
     for budget, seed, name in product([base, *c['budgets']], c['seeds'], c['runs']):
         if name == first and budget != base:
             continue  # its run at equal tokens is the measure of each
@@ -167,7 +178,7 @@ def plan(c, folder, costs, quick=False):
                         **({'eval_tokens': 3000} if quick and c['tokens'] else {}))
         results, full = {'record.json': {}}, budget == base
         if full and c['probe']:
-            results['probe.json'] = probe
+            results['probe.json'] = asked
         if full and c['prompts'] and seed == c['seeds'][0]:
             results['samples.json'] = samples
         names = (name, seed) if budget == base else (name, budget, seed)
@@ -196,14 +207,11 @@ async def call(s, script, **flags):
 
 async def calibrate(s, c, folder):
     """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
-    in turns, as many at a time as later; measured once and kept in the folder."""
+    in turns, as many at a time as later; kept in the folder, with what it was measured of."""
     path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
     check_place(path, b'"flops": ')
-    try:
-        costs = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # not there yet, or damaged
-        costs = {}
-    tokens, rounds = CALIBRATION
+    costs, (tokens, rounds) = read_json(path), CALIBRATION
+    how = {'jobs': s.jobs, 'threads': s.threads, 'device': s.device}
 
     async def one(name):
         settings, update = settings_of(c, name)
@@ -211,20 +219,22 @@ async def calibrate(s, c, folder):
         settings['compile'] = choose_compile(settings.get('compile', 'auto'),  # of the long run
                                              pick_device(s.device), c['tokens'] // update)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
-                 'eval_tokens': 2000, 'overwrite': True, 'data_dir': s.data_dir}
+                 'eval_tokens': 2000 + 2 * settings['block_size'], 'overwrite': True,
+                 'data_dir': s.data_dir}
         try:
             async with slots:
                 await call(s, 'train.py', **flags, out_dir=where)
             return load_record(where / 'record.json')['metrics']
         except SystemExit:  # which the run itself will report
             return {}
-    names = [name for name in c['runs'] if name not in costs]
+    of = {name: {**settings_of(c, name)[0], **how} for name in c['runs']}
+    names = [name for name in of if costs.get(name, {}).get('of') != of[name]]
     turns = [await asyncio.gather(*map(one, names)) for _ in range(rounds)] if names else []
     for name, found in zip(names, zip(*turns)):
         if not all(found):
             continue
         rates = [metrics['tokens_per_s']['value'] for metrics in found]
-        costs[name] = {'flops': found[0]['flops_per_token']['value'],
+        costs[name] = {'of': of[name], 'flops': found[0]['flops_per_token']['value'],
                        'seconds': 1 / statistics.median(rates)}
         say(f"{name}: {costs[name]['flops']:,.0f} FLOPs and {1e6 * costs[name]['seconds']:,.0f} "
             'microseconds a token')
@@ -234,7 +244,7 @@ async def calibrate(s, c, folder):
 
 async def work(s, run, slots):
     """Do what is missing of a run, once a slot is free; what goes wrong is kept in run.error."""
-    probe, samples = map(run.results.get, ('probe.json', 'samples.json'))
+    asked, samples = map(run.results.get, ('probe.json', 'samples.json'))
     last = run.folder / 'last.pt'
     async with slots:
         try:
@@ -248,8 +258,8 @@ async def work(s, run, slots):
                     start['data_dir'] = s.data_dir
                 await call(s, 'train.py', **run.settings, **start, out_dir=run.folder)
             require(run.has('record.json'), 'train.py was stopped before its end')
-            if probe and not run.has('probe.json'):
-                await call(s, 'probe.py', **probe, out_dir=last, data_dir=s.data_dir)
+            if asked and not run.has('probe.json'):
+                await call(s, 'probe.py', **asked, out_dir=last, data_dir=s.data_dir)
             if samples and not run.has('samples.json'):
                 texts = [await call(s, 'sample.py', start=prompt.replace('\\', r'\\'), seed=1337,
                                     max_new_tokens=samples['new_tokens'], out_dir=last)

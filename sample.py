@@ -132,8 +132,8 @@ write(sys.stderr, f"{os.path.relpath(path)}: {saved['model_type']}, trained on {
 
 # --- read and write -------------------------------------------------------------------------------
 text = re.sub(r'\\([nt\\])', lambda match: ESCAPES[match[1]], s.start)
-if 'start' not in s.given and '\n' not in tokenizer.spec.get('chars', '\n'):
-    text = ''  # the default prompt is not for a vocabulary without line ends
+if 'start' not in s.given and (s.load_state or '\n' not in tokenizer.spec.get('chars', '\n')):
+    text = ''  # a state is gone on from; a vocabulary may have no line ends
 generator = torch.Generator(device).manual_seed(s.seed or 1337)
 state = new_state(model)
 if s.load_state:

@@ -99,8 +99,8 @@ threads = 0                 # CPU threads of each process; 0: as many as there a
 
 # of a resumed run: what stays as it was beside the model, and what is of this call alone
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'eval_tokens',
-         'segment_size', 'filler', 'symbols', 'key_length', 'names', 'cups', 'every', 'lengths',
-         'vocabulary')
+         'segment_size', 'filler', 'symbols', 'key_length', 'names', 'cups', 'every', 'regular',
+         'hops', 'line', 'lengths', 'vocabulary')
 HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 
 load_to_resume = cache(ckpt.load_to_resume)  # which parts() and the set-up both ask for
@@ -124,8 +124,9 @@ def check(s):
              min_lr=0.0, weight_decay=0.0, grad_clip=0.0, bptt_segments=0, checkpoint_interval=0)
     one_of(s, dtype=('auto', 'float32', 'bfloat16'), products=machine.PRODUCTS,
            compile=machine.COMPILE)
-    require(0 <= s.beta1 < 1 and 0 <= s.beta2 < 1 and 0 <= s.decay_from <= 1,
-            f'beta1={s.beta1}, beta2={s.beta2} and decay_from={s.decay_from} must lie in [0, 1)')
+    require(0 <= s.beta1 < 1 and 0 <= s.beta2 < 1,
+            f'beta1={s.beta1} and beta2={s.beta2} must lie in [0, 1)')
+    require(0 <= s.decay_from <= 1, f'decay_from={s.decay_from} must lie in [0, 1]')
     tokens = s.batch_size * s.block_size * s.gradient_accumulation_steps
     require(tokens < 10 ** 9, f'an update of {tokens:,} tokens is too large: lower batch_size, '
             f'block_size or gradient_accumulation_steps')

@@ -1,19 +1,20 @@
 # What else keeps a state of constant size, on text: python compare.py config/compare_peers.py
-# 0.80 million parameters, the same tokens in the same order, and each model's own learning rate, as
-# config/search_peers.py found it. config/compare_peers_memory.py asks the same models to remember.
-# Without the Feedback Transformer: it reads token after token, and takes ten times as long.
+# 0.80 million parameters, the same tokens in the same order, and each model's own learning rate.
+# config/compare_peers_memory.py asks the same models to remember. Without the Feedback Transformer:
+# it reads token after token, and takes ten times as long.
 seeds = [1337, 1338, 1339]
 tokens = 1_152_000
-budgets = ['seconds']
 
-common = dict(n_local=3, n_global=1, n_layer=4, n_head=4, n_embd=128, position='rotary',
-              block_size=96, batch_size=16, learning_rate=4e-3, min_lr=8e-5)
-_fold = dict(model_type='fold', segment_size=12, local='sliding')
-_models = {
-    'fold': _fold,
-    'fold, past frozen': {**_fold, 'n_local': 2, 'n_global': 2, 'past': 'frozen'},
+common = dict(dataset='shakespeare', n_layer=4, n_local=2, n_global=2, n_head=4, n_embd=128,
+              position='rotary', block_size=96, batch_size=16, learning_rate=4e-3, min_lr=8e-5)
+_fold = dict(model_type='fold', segment_size=12)  # 2 + 2 layers, which carry a segment alone
+_front = {**_fold, 'n_local': 3, 'n_global': 1, 'local': 'sliding'}  # that of the front page
+runs = {
+    'fold': _front,
+    'fold without recurrence': {**_front, 'past': 'local'},
+    'fold, evolving past': _fold,
+    'fold, frozen past': {**_fold, 'past': 'frozen'},
     'fold, gated carry': {**_fold, 'carry': 'gated'},
-    'fold without recurrence': {**_fold, 'past': 'local'},
     'sliding window of 12': dict(model_type='gpt', window=12),
     'sliding window of 24': dict(model_type='gpt', window=24),
     'Transformer-XL': dict(model_type='transformer_xl', segment_size=12),
@@ -26,5 +27,4 @@ _models = {
     'Gated DeltaNet': dict(model_type='deltanet', position='none'),
     'LSTM': dict(model_type='lstm', position='none'),
 }
-runs = {f'{name}, {text}': {**model, 'dataset': text}
-        for text in ('shakespeare', 'python') for name, model in _models.items()}
+probe = dict(histories='0,24,48,96,192', targets=500, words=100, bins='24,48,96,150')

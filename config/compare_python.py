@@ -1,16 +1,13 @@
 # Who wins, Python source: python compare.py config/compare_python.py
 # As compare_shakespeare.py, on the corpus that needs no network, with the learning rates that
 # config/search_python.py found for the fold, the GPT of window 12 and the sliding window of 12.
-import os
-import runpy
+from config import compare_shakespeare as _file
 
-_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_shakespeare.py')
-_file = runpy.run_path(_path)
 _rates = {'fold': 8e-3, 'GPT': 6e-3, 'sliding': 6e-3}  # by the first word of a name
 
 def _with_rate(name, run):
     rate = _rates[name.replace(',', '').split()[0]]
     return {**run, 'dataset': 'python', 'learning_rate': rate, 'min_lr': rate / 50}
 
-seeds, tokens, budgets = (_file[key] for key in ('seeds', 'tokens', 'budgets'))
-runs = {name: _with_rate(name, run) for name, run in _file['runs'].items()}
+seeds, tokens, budgets = _file.seeds, _file.tokens, _file.budgets
+runs = {name: _with_rate(name, run) for name, run in _file.runs.items()}

@@ -2,25 +2,21 @@
 # The fold of the front page beside what else one would take, at equal tokens, equal FLOPs and equal
 # time, over three seeds; settings are those of the files named, and, of the sliding windows, what
 # config/search_shakespeare.py found. 66 runs of six minutes of a core.
-import os
-import runpy
+from config import fold_shakespeare, fold_shakespeare_paper, gpt_shakespeare
 
-_here = os.path.dirname(os.path.abspath(__file__))
-_less = 'out_dir', 'max_iters', 'eval_interval'  # which a comparison sets
-
-def _read(name):
-    found = runpy.run_path(os.path.join(_here, name))
-    return {key: value for key, value in found.items() if key[0] != '_' and key not in _less}
+def _settings(module):
+    less = 'out_dir', 'max_iters', 'eval_interval'  # which a comparison sets
+    return {key: vars(module)[key] for key in vars(module) if key[0] != '_' and key not in less}
 
 seeds = [1337, 1338, 1339]
 tokens = 3_532_800
 budgets = ['flops', 'seconds']
-_fold, _gpt = _read('fold_shakespeare.py'), _read('gpt_shakespeare.py')
+_fold, _gpt = _settings(fold_shakespeare), _settings(gpt_shakespeare)
 _slide = {**_gpt, 'block_size': 96, 'batch_size': 16, 'weight_decay': 0.5}
 runs = {
     'fold': _fold,
     'fold without recurrence': {**_fold, 'past': 'local'},
-    "fold, the paper's letter": _read('fold_shakespeare_paper.py'),
+    "fold, the paper's letter": _settings(fold_shakespeare_paper),
     'GPT, window 12': _gpt,
     'GPT, window 24': {**_gpt, 'block_size': 24, 'batch_size': 64},
     'GPT, window 96': {**_gpt, 'block_size': 96, 'batch_size': 16},

@@ -2,12 +2,9 @@
 #   python compare.py config/compare_shakespeare_parts.py
 # The fold of compare_shakespeare.py with one thing changed, and the GPTs with learned positions, at
 # the same tokens, over three seeds. 33 runs of six minutes of a core.
-import os
-import runpy
+from config import compare_shakespeare as _file
 
-_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'compare_shakespeare.py')
-_file = runpy.run_path(_path)
-seeds, tokens, common = _file['seeds'], _file['tokens'], _file['runs']['fold']
+seeds, tokens, common = _file.seeds, _file.tokens, _file.runs['fold']
 runs = {
     'fold': dict(),
     'gated carry': dict(carry='gated'),
@@ -17,6 +14,6 @@ runs = {
     '2 local, 2 global layers': dict(n_local=2, n_global=2),
     '2 + 2 layers, past frozen': dict(n_local=2, n_global=2, past='frozen'),
     '2 + 2 layers, without recurrence': dict(n_local=2, n_global=2, past='local'),
-    **{f'{name}, learned positions': {**_file['runs'][name], 'position': 'learned'}
+    **{f'{name}, learned positions': {**_file.runs[name], 'position': 'learned'}
        for name in ('GPT, window 12', 'GPT, window 24', 'GPT, window 96')},
 }

@@ -1,7 +1,8 @@
-# The fold that did best here on tiny Shakespeare, by characters, with the paper's segment of 12
-# tokens: python train.py config/fold_shakespeare.py. Beside it are config/gpt_shakespeare.py, the
-# GPT of the same window, and config/fold_shakespeare_paper.py, the paper's letter: the same
-# parameters, tokens and seed. docs/side_by_side.md says how the settings were found.
+# A fold for tiny Shakespeare, by characters, with the paper's segment of 12 tokens:
+#   python train.py config/fold_shakespeare.py
+# Beside it are config/gpt_shakespeare.py, the GPT of the same window, and
+# config/fold_shakespeare_paper.py, the paper's letter: the same parameters, tokens and seed.
+# docs/side_by_side.md says how the settings were found.
 out_dir = 'out/fold_shakespeare'
 dataset = 'shakespeare'
 # Where Shakespeare cannot be downloaded, training goes on with a corpus that every Python carries;

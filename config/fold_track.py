@@ -1,6 +1,6 @@
 # Three cups and three objects, of which two cups are swapped every twelve tokens, tracked by a fold
 # with a window of 12 tokens: python train.py config/fold_track.py, then
-# python probe.py --out_dir=out/fold_track. Parity: --cups=2 --every=2.
+# python probe.py --out_dir=out/fold_track. Parity: --cups=2 --every=2 --regular=False.
 task = 'track'
 out_dir = 'out/fold_track'
 model_type = 'fold'

@@ -38,14 +38,14 @@ def probe_text(model, saved, p, device):
         say(f"\n{name}, {curve['y']} by {curve['x']}")
         for point in curve['points']:
             say('{x:>8}{value:>10.4f}  [{low:.4f}, {high:.4f}]'.format(**point))
-    kept = {'x': None, 'value': None}
-    for point in curves['worth of longer history']['points']:
-        kept = point if point['value'] >= USEFUL else kept
-    say(f"\npreserved context: {kept['x'] or 'none'}")
+    points = curves['worth of longer history']['points']
+    kept, low, high = (max((point['x'] for point in points if point[key] >= USEFUL), default=None)
+                       for key in ('value', 'low', 'high'))
+    say(f"\npreserved context: {'none' if kept is None else f'{kept} ({low} to {high})'}")
     return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
             'metrics': {'loss': metric(mean, error, len(losses)),
-                        'preserved context': metric(kept['x'], n=len(starts) * size),
-                        'worth of longer history': metric(**kept)}}
+                        'preserved context': metric(kept, n=len(starts) * size, low=low,
+                                                    high=high)}}
 
 def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""

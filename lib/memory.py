@@ -31,13 +31,16 @@ class RandomSequences:
 class MemoryTask:
     """A task of random sequences, each process with its own. A class of it has KEPT, the names of
     its numbers that go on when a run is resumed; measure(), which returns the recall of fresh
-    sequences and the number of answers; asked, what they are asked for."""
+    sequences and their number; asked, what they are asked for."""
 
     tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0
 
     def __init__(self, s, sequences):
         require(s.batch_size % WORLD == 0,
                 f'{WORLD} processes cannot share batch_size={s.batch_size}')
+        require(s.gradient_accumulation_steps == 1 and not (s.bptt_segments or s.recompute),
+                'gradient_accumulation_steps=1, bptt_segments=0 and recompute=False: other values '
+                'are for --task=text')
         self.s, self.B, self.sequences = s, s.batch_size // WORLD, sequences
         self.shared = torch.Generator().manual_seed(s.seed)  # the same in all processes
         self.sizes = {'vocab_size': sequences.vocab_size}
@@ -90,7 +93,7 @@ class WalkingTask(MemoryTask):
     further(rows, F), which reads on in place: loss, which are right, tokens read.
     """
 
-    KEPT = 'stage', 'recall'
+    KEPT, SEGMENT = ('stage', 'recall'), 'segment_size'  # the latter the key of l
 
     def __init__(self, s, sequences):
         at_least(s, longest=1, first=1, probe_distance=0)
@@ -98,11 +101,11 @@ class WalkingTask(MemoryTask):
                 f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
         require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
         super().__init__(s, sequences)
-        self.l, self.stage = s.segment_size, s.first
+        self.l, self.stage = getattr(s, self.SEGMENT), s.first
 
     def start(self, model, device, autocast):
         super().start(model, device, autocast)
-        require(self.l % unit(model) == 0, f'segment_size={self.l} must be a multiple of the '
+        require(self.l % unit(model) == 0, f'{self.SEGMENT}={self.l} must be a multiple of the '
                 f"model's recurrence step of {unit(model)} tokens")
 
     def backward(self):

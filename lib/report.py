@@ -14,6 +14,7 @@ from lib.docs import fill, markdown, merged
 from lib.files import write_file
 from lib.pictures import curves
 from lib.records import load_record, make_record, metric
+from lib.rows import Rows
 from lib.streaming import new_state
 
 MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/tokens|,.0f}',
@@ -22,7 +23,9 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'training tokens/s': '{metrics/tokens_per_s|,.0f}', 'minutes': '{metrics/minutes|.1f}',
         'compiled': '{settings/compile}',
         'FLOPs/token': '{metrics/flops_per_token|,.0f}', 'peak MB': '{metrics/peak_mb|,.0f}',
+        'state bytes at a border': '{metrics/border_bytes|,.0f}',
         'state bytes': '{metrics/state_bytes|,.0f}'}
+TASK = 'task', 'dataset', 'cups', 'every', 'hops'  # what tells one from another
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
 DIFFERENCE = '{@|+.4f} ± {@/error|.4f}, {@/verdict} || {@|+.4f}, {@/verdict}'
 
@@ -55,7 +58,8 @@ def part(run):
     text = f"{data['dataset']} {data['sha256'][:12]}".strip()
     return {**trained, 'what': 'run', 'notes': run.read('samples.json').get('texts', []),
             'metrics': {**probed['metrics'], **trained['metrics'], 'text': metric(text),
-                        'state_bytes': metric(state.nbytes)},
+                        'state_bytes': metric(state.nbytes),
+                        'border_bytes': metric(Rows(carry=state.carry).nbytes)},
             'settings': {'name': run.name, 'budget': run.budget, **run.settings,
                          'compile': trained['settings'].get('compile')},  # as it was in fact
             'curves': {name: curve for name, curve in (trained['curves'] | probed['curves']).items()
@@ -80,11 +84,13 @@ def differences(parts):
     return found
 
 def by_budget(parts):
-    """{budget: {name: the runs of that name, merged}}."""
+    """{budget, and of several tasks which: {name: the runs of that name, merged}}."""
     found = {}
-    for part in parts:
+    tasks = [' '.join(str(part['settings'][key]) for key in TASK if key in part['settings'])
+             for part in parts]
+    for part, task in zip(parts, tasks):
         for budget in part['settings']['budget'].split(', '):
-            found.setdefault(budget, []).append(part)
+            found.setdefault(f'{budget}, {task}' if len({*tasks}) > 1 else budget, []).append(part)
     return {budget: rows_of(some, '{name}') for budget, some in found.items()}
 
 def rows_of(parts, label='{name}, {seed}'):
@@ -107,10 +113,10 @@ def columns_of(name, rows, template):
 def difference_table(record):
     """The first run minus each other: a row for each, a column for each budget."""
     budgets = by_budget(record['parts'])
-    first, *others = next(iter(budgets.values()))
-    cells = [[name, *(fill(DIFFERENCE.replace('@', f'metrics/{first} minus {name}, equal {budget}'),
-                           record) for budget in budgets)] for name in others]
-    return markdown([f'{first} minus', *(f'equal {budget}' for budget in budgets)], cells)
+    pairs = [f'{first} minus {name}' for first, *others in budgets.values() for name in others]
+    cells = [[pair, *(fill(DIFFERENCE.replace('@', f'metrics/{pair}, equal {budget}'), record)
+                      for budget in budgets)] for pair in dict.fromkeys(pairs)]
+    return markdown(['', *(f'equal {budget}' for budget in budgets)], cells)
 
 def write(record, folder):
     """Write report.md and the pictures that it shows."""
@@ -123,8 +129,8 @@ def write(record, folder):
         'the seeds.',
         f"Left out: {'; '.join(record['notes']) or 'none'}.", difference_table(record),
         'Difference in loss ± its standard error over the seeds; ahead or behind: by more than '
-        'three of these. Folds and sliding windows are scored as streams, other windows with a '
-        'stride of half their width.']
+        'three of these. Models with a carry are scored as streams, others with a stride of half '
+        'their window.']
     for budget, models in by_budget(parts).items():
         sections += [f'## Equal {budget}', table(models, MAIN)]
     sections += ['The speed is a median. FLOPs: of matrix products, forward and backward.',

@@ -62,7 +62,9 @@ def last_losses(model, rows, n):
     if not mixed.all():
         losses[~mixed.cpu()] = losses_alone(model, rows[~mixed], n)
     for i in mixed.nonzero()[:, 0].tolist():
-        losses[i] = token_losses(model, rows[i])[-n:].double()
+        parts = [losses_alone(model, document[None], len(document) - 1)[0]
+                 for document in documents(rows[i], border(model))]
+        losses[i] = torch.cat(parts)[-n:]
     return losses
 
 def losses_alone(model, rows, n):

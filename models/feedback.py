@@ -56,7 +56,6 @@ class Feedback(Peer):
                 layers.append(block(layers[-1], read)[0])  # (a)
             m_t = torch.stack(layers, dim=-1) @ self.w.softmax(dim=0)  # (B, 1, C); (b)
             memory = torch.cat((memory[:, 1:], m_t), dim=1)
-            new = attn.heads(self.c_memory(self.ln_m(m_t)))  # (B, 2, H, 1, D)
-            seen = torch.cat((seen[:, :, :, 1:], new), dim=3)
+            seen = torch.cat((seen[:, :, :, 1:], attn.heads(self.c_memory(self.ln_m(m_t)))), dim=3)
             outputs.append(layers[-1])
         return torch.cat(outputs, dim=1), memory

@@ -78,22 +78,19 @@ class Sequences(RandomSequences):
     def tell(self, x, objects, slots, high):
         """Tell something new of some rows, slots (B,) or -1 for nothing, in x, before `high`.
         Returns the objects."""
-        new = self.integers(0, self.told.size(1), len(x))
-        silent = slots < 0
-        self.put(x, self.told[slots, new].masked_fill(silent[:, None], -1), 0, high)
-        slots, objects = slots.clamp(min=0)[:, None], objects.clone()
-        old = objects.gather(1, slots)
-        return objects.scatter_(1, slots, new[:, None].where(~silent[:, None], old))
+        new, told = self.integers(0, self.told.size(1), len(x)), slots >= 0
+        self.put(x, self.told[slots, new].masked_fill(~told[:, None], -1), 0, high)
+        objects = objects.clone()
+        objects[told, slots[told]] = new[told]
+        return objects
 
     def ask(self, objects):
         """A question of each row: tokens (B, n), -1 for the text, and the answers (B,), -1 where
         nothing is known."""
-        people = objects[:, :len(PEOPLE)]
+        places = objects[:, :len(PEOPLE)]
         if self.s.hops == 2:  # where the person is that has it
             holders = objects[:, len(PEOPLE):]
-            places = people.gather(1, holders.clamp(min=0)).where(holders >= 0, holders)
-        else:
-            places = people
+            places = places.gather(1, holders.clamp(min=0)).where(holders >= 0, holders)
         which = torch.multinomial((places >= 0) + 1e-9, 1, generator=self.generator)
         place, which = places.gather(1, which)[:, 0], which[:, 0]
         answers = self.answers[which, place].masked_fill(place < 0, -1)
@@ -138,6 +135,7 @@ def padded(texts):
 
 class Task(track.Task):
     """Trains with a curriculum of lines and with sequences that walk on."""
+    SEGMENT = 'line'
 
     def __init__(self, s):
         at_least(s, hops=1, every=1, line=1)
@@ -150,7 +148,6 @@ class Task(track.Task):
         require(not unknown, f'data set {s.dataset!r} has no {str(unknown)[1:-1]}: facts take a '
                              f'text that has all these letters')
         super().__init__(s, lambda seed, name: Sequences(s, seed, splits[name][0], spec))
-        self.l = s.line
         self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
 
 def probe(model, saved, p, device):

@@ -85,7 +85,7 @@ class Task(MemoryTask):
 
     def measure(self):
         found = [recall_of(self.model, self.s, *size, 100, self.device) for size in self.lengths]
-        return sum(found) / len(found), 100 * sum(pairs for _, pairs in self.lengths)
+        return sum(found) / len(found), 100 * len(found)
 
 @torch.no_grad()
 def recall_of(model, s, T, pairs, n, device):
@@ -101,9 +101,9 @@ def probe(model, saved, p, device):
     s, points = SimpleNamespace(**saved['config']), []
     at_least(p, sequences=1)
     for T, pairs in read_lengths(s.lengths):
-        recall, n = recall_of(model, s, T, pairs, p.sequences, device), pairs * p.sequences
-        points.append({'x': pairs, **share(round(recall * n), n)})
-        say(f'{T} tokens, {pairs} pairs: recall {recall:.3f} of {n} answers')
+        recall = recall_of(model, s, T, pairs, p.sequences, device)
+        points.append({'x': pairs, **share(recall * p.sequences, p.sequences)})
+        say(f'{T} tokens, {pairs} pairs: recall {recall:.3f}')
     curve = {'x': 'pairs', 'y': 'values recalled', 'points': points}
     return {'what': 'associative recall', 'metrics': {'chance': metric(2 / s.vocabulary)},
             'curves': {'recall': curve}, 'notes': []}

@@ -163,23 +163,24 @@ class Task(MemoryTask):
 
     def measure(self):
         n = self.s.pairs
-        return recall_of(self.model, self.s, n, 100, 0, self.device), 100 * n
+        return recall_of(self.model, self.s, n, 100, 0, self.device), 100
 
 def match_names(model, place_scale):
     """Start attention where it compares and copies, in place: keys equal to queries, and larger,
     values and outputs near the identity, tokens larger than places (mimetic initialization,
     Trockman and Kolter 2023). Finding a pair by its name does not set in from GPT-2's start."""
-    require(hasattr(model, 'transformer'), "matched=True takes a GPT's parts: --matched=False")
-    C = model.config.n_embd
+    layers, C = [m for m in model.modules() if hasattr(m, 'c_attn')], model.config.n_embd
+    require(layers and all(len(attn.c_attn.weight) == 3 * C for attn in layers),
+            "matched=True takes a GPT's attention: --matched=False")
     with torch.no_grad():
         model.transformer.wte.weight *= 8
         if model.config.position == 'learned':
             model.transformer.wpe.weight *= place_scale
-        for block in model.transformer.h:
-            q, k, v = block.attn.c_attn.weight.split(C)
+        for attn in layers:
+            q, k, v = attn.c_attn.weight.split(C)
             q *= 4
             k.copy_(q)
-            for weight in (v, block.attn.c_proj.weight):
+            for weight in (v, attn.c_proj.weight):
                 weight.copy_(0.5 * weight + 0.7 * torch.eye(C, device=weight.device))
 
 @torch.no_grad()

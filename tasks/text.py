@@ -181,5 +181,6 @@ class Task:
                     f"{len(state['at'])} rows, batch_size * gradient_accumulation_steps is "
                     f'{len(self.at)}: stream=False goes on without them')
             self.at.copy_(state['at'])
-            self.carries = [rowwise(lambda c: my_share(c).to(device), carry)
-                            for carry in state['carries']]
+            carry = rowwise(lambda *some: torch.cat(some), *state['carries'])  # of all rows
+            self.carries = [rowwise(lambda c: my_share(c[rows]).to(device), carry)
+                            for rows in self.micro_batches]

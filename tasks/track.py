@@ -27,7 +27,8 @@ from lib.rows import Rows
 from lib.streaming import new_state, read_
 
 cups = 3                # and as many objects
-every = 12              # tokens of which one is a swap, at any place of them
+every = 12              # tokens to a swap, on average
+regular = True          # a swap in each `every` tokens, at any place; False: any number, by chance
 symbols = 16            # different filler symbols
 longest = 8             # segments of a new sequence, once the curriculum has grown, but one
 first = 1               # segments with which the curriculum starts, but one
@@ -71,10 +72,13 @@ class Sequences(RandomSequences):
         """The next T tokens, whole segments: tokens (B, T), targets (B, T), -1 where nothing is
         asked for, and the objects after them."""
         s, B, l = self.s, len(objects), self.l
-        starts = torch.arange(0, T, s.every)
-        places = (starts + self.integers(0, s.every, B, len(starts))).clamp(max=T)
-        swaps = torch.zeros(B, T + 1, dtype=torch.bool).scatter_(1, places, True)
-        x = torch.where(swaps[:, :T], self.integers(s.symbols, self.ask, B, T),
+        if s.regular:
+            starts = torch.arange(0, T, s.every)
+            places = (starts + self.integers(0, s.every, B, len(starts))).clamp(max=T)
+            swaps = torch.zeros(B, T + 1, dtype=torch.bool).scatter_(1, places, True)[:, :T]
+        else:
+            swaps = self.uniform(B, T) < 1 / s.every
+        x = torch.where(swaps, self.integers(s.symbols, self.ask, B, T),
                         self.integers(0, s.symbols, B, T))
         at = torch.arange(0, T, l) + self.integers(0, l - 1, B, T // l)
         which = self.integers(0, s.cups, B, T // l)
@@ -101,7 +105,7 @@ class Task(WalkingTask):
         super().start(model, device, autocast)
         W = model.config.block_size
         require(self.carries or W % self.l == 0,
-                f'block_size={W} must be a multiple of segment_size={self.l}')
+                f'block_size={W} must be a multiple of {self.SEGMENT}={self.l}')
 
     def read(self, objects, F, carry):
         """The next F + 1 segments, a model without a carry as many as its window holds. Returns the

@@ -203,6 +203,7 @@ class Literal:
         H = self.w['transformer.h.1.weight'].shape[1]
         h, c, outputs = np.zeros((2, H)), np.zeros((2, H)), []
         for state in x:
+            state = (state - state.mean()) / np.sqrt(state.var() + 1e-5)
             for n in range(2):
                 W, U, b, d = (self.w[f'transformer.h.0.{part}_l{n}'] for part in (
                     'weight_ih', 'weight_hh', 'bias_ih', 'bias_hh'))

@@ -144,8 +144,11 @@ def test_results_are_written_if_asked(again, tmp_path):
     ('384, []', '385, []', 'divides tokens=385, not [2, 24, 1]'),
     ('384, []', "'all', []", "tokens must be of type int, not 'all'"),
     ('384, []', '0, []', 'tokens or updates must be above 0'),
+    ('384, []', "0, ['flops']\nupdates = 4", 'beside tokens'),
+    ('384, []', "384, ['flops', 'flops']", 'budgets must be some of'),
+    ("'targets'", "'target'", "probe 'target': did you mean targets?"),
     ("'dataset'", "'task': 'needle', 'dataset'", 'tasks but text take `updates`'),
-    ('384, []', "384, ['flop']", "budgets some of ('flops', 'seconds')"),
+    ('384, []', "384, ['flop']", "budgets must be some of ('flops', 'seconds')"),
     ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
     ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
@@ -154,8 +157,8 @@ def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     assert refused.code == 1 and words in refused.err and refused.err.count('\n') == 1
     assert 'name a comparison' in run('compare.py').err
 
-def part(name, seed, loss, points=()):
-    return {'settings': {'name': name, 'seed': seed, 'budget': 'tokens'},
+def part(name, seed, loss, points=(), **settings):
+    return {'settings': {'name': name, 'seed': seed, 'budget': 'tokens', **settings},
             'metrics': {'loss': metric(loss)},
             'curves': {'context curve': {'points': points}}}
 
@@ -165,6 +168,9 @@ def part(name, seed, loss, points=()):
 def test_differences_of_means_over_seeds(losses, value, error, verdict):
     parts = [part('a', seed, loss) for seed, loss in enumerate(losses)]
     parts += [part('b', seed, loss) for seed, loss in enumerate([1.5, 1.7, 1.6])]
+    other = [part(name, 0, 9.0, cups=5) for name in ('d', 'e')]  # not beside the others
+    of_several = report.differences(parts + other)
+    assert of_several.keys() == {'a minus b, equal tokens, ', 'd minus e, equal tokens, 5'}
     found = report.differences(parts + [part('c', 0, 1.0)])
     assert found.keys() == {'a minus b, equal tokens', 'a minus c, equal tokens'}
     assert found['a minus b, equal tokens']['value'] == pytest.approx(value)

@@ -6,7 +6,6 @@ import torch
 from small import SOME_KEYS, V, all_logits, assert_equal, gradients, make, tokens
 from torch.nn import functional as F
 
-from lib.contract import carries
 from lib.gradients import backpropagate
 from lib.scoring import documents, last_losses, token_losses
 from lib.streaming import empty_state, read_
@@ -55,10 +54,9 @@ def test_each_document_is_scored_and_trained_on_alone(kind, sizes):
             expected.append(F.cross_entropy(logits, piece[1:], reduction='none'))
     scored = torch.cat([token_losses(model, row) for row in idx])
     torch.testing.assert_close(scored.double(), torch.cat(expected), rtol=0, atol=1e-5)
-    if carries(model):
-        last = last_losses(model, idx, 10).flatten()
-        of_rows = torch.cat(expected).view(2, -1)[:, -10:].flatten()
-        torch.testing.assert_close(last, of_rows, rtol=0, atol=1e-5)
+    last = last_losses(model, idx, 10).flatten()
+    of_rows = torch.cat(expected).view(2, -1)[:, -10:].flatten()
+    torch.testing.assert_close(last, of_rows, rtol=0, atol=1e-5)
     alone = gradients(model)
     x, y = split_documents(idx[:, :-1].to(torch.uint16), idx[:, 1:].to(torch.uint16), B)
     assert_equal(backpropagate(model, x, y)[0], total)
@@ -73,7 +71,10 @@ def test_training_on_documents(run, train, tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
     assert lines[-1]['val_loss'] < lines[1]['loss']
     model = done.globals['model']
-    assert model.config.border == done.globals['job'].border >= 0
+    job = done.globals['job']
+    assert model.config.border == job.border >= 0
+    x, _ = job.random_sequences()
+    assert (x[:, 0] == job.border).any() and not (x[:, 1:] == job.border).any()
     assert run('sample.py', f"--out_dir={tmp_path / 'out'}", '--start=1 and|7').code == 0
     for wrong, words in ((dict(document='||'), 'be one token'), (dict(stream=True), 'in order')):
         assert words in train(**{**own, **wrong, 'overwrite': True}).err

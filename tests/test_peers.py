@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import SEGMENT, make
+from torch.nn import functional as F
 
 from lib.contract import adamw, blank_carry, count_parameters, make_model
 from lib.rows import Rows
@@ -28,6 +29,12 @@ def test_gated_delta_rule_of_another_library():
     y = torch.cat((y, rule(golden['x'][:, 40:], memory)[0]), dim=1)
     torch.testing.assert_close(y, golden['y'], rtol=1e-4, atol=1e-4)
 
+def test_what_is_forgotten_at_once_leaves_gradients_finite():
+    rule = GatedDeltaRule(GPTConfig(n_embd=8, n_head=2, position='none'))
+    rule.A.data.fill_(5)
+    rule(torch.randn(1, 32, 8))[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in rule.parameters())
+
 @pytest.mark.parametrize('kind, keys, nbytes', [
     ('gpt', dict(window=12), 49_152), ('fold', dict(n_local=2, n_global=2), 6_144),
     ('transformer_xl', {}, 24_576), ('rmt', {}, 2_048), ('rmt', dict(memory=12), 6_144),
@@ -39,6 +46,10 @@ def test_parameters_state_and_what_decays(kind, keys, nbytes):
     assert count_parameters(model) == pytest.approx(800_000, rel=0.01)
     assert Rows(carry=blank_carry(model)).nbytes == nbytes
     assert kind != 'lstm' or model.transformer.h[0].weight_hh_l0.std() > 0.03  # torch's own
+    if kind == 'deltanet':  # uniform within 0.5; what a step forgets, as in Mamba2
+        rule = model.transformer.h[0].attn
+        kept = (-rule.A.exp() * F.softplus(rule.b)).exp()
+        assert 0.25 < rule.conv.std() < 0.33 and 0.1 < kept.min() and 0.9 < kept.max() < 1
     decayed, kept = adamw(model, 0.1, 1e-3, (0.9, 0.99), 'cpu').param_groups
     assert {p.dim() for p in kept['params']} == {1} and kept['weight_decay'] == 0
     assert len(kept['params'] + decayed['params']) == len([*model.parameters()])

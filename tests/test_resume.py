@@ -136,6 +136,8 @@ def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
     (dict(min_lr=0), ['--learning_rate=5e-5'], ''),
     (dict(stream=True), ['--batch_size=2'], '4 rows'),
     (dict(stream=True), ['--batch_size=2', '--stream=False'], ''),
+    (dict(stream=True), ['--batch_size=2', '--gradient_accumulation_steps=2'], ''),
+    (dict(task='facts', dataset='story'), ['--hops=2', '--line=60'], ''),
     (dict(task='needle'), ['--symbols=5', '--key_length=2', '--batch_size=2'], ''),
     (dict(task='pairs'), ['--dropout=0.5', '--fresh=5'], 'fresh=5')])
 def test_what_a_resumed_run_goes_on_with_is_checked(train, resume, before, given, problem):
