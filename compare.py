@@ -150,8 +150,8 @@ def settings_of(c, name):
     settings = {'gradient_accumulation_steps': 1, **c['common'], **c['runs'][name]}
     sizes = [settings.get(key) for key in UPDATE]
     update = math.prod(n if type(n) is int and n > 0 else 0 for n in sizes)
-    require(settings.get('task', 'text') == 'text' or not c['tokens'] and not c['budgets'],
-            f'run {name!r}: tasks but text take `updates` in place of `tokens` and `budgets`')
+    require(settings.get('task', 'text') == 'text' or not (c['tokens'] or c['prompts']),
+            f'run {name!r}: tasks but text take `updates` in place of `tokens`, and no `prompts`')
     require(update and c['tokens'] % update == 0,
             f'run {name!r}: {", ".join(UPDATE)} must be whole numbers from 1 on whose product, '
             f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')

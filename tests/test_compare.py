@@ -177,6 +177,31 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
     assert error is None or found['a minus b, equal tokens']['error'] == pytest.approx(error)
     assert found['a minus b, equal tokens']['verdict'] == verdict
 
+def test_what_a_token_costs_is_measured_in_turns_and_anew_for_other_settings(tmp_path, monkeypatch):
+    calls, s = [], SimpleNamespace(jobs=1, threads=1, device='cpu', data_dir='')
+
+    async def call(s, script, out_dir, **flags):
+        calls.append(out_dir.name)
+
+    def load_record(path):
+        rate = {'calibration_a': 100, 'calibration_b': 250}[path.parent.name] * len(calls)
+        return {'metrics': {'flops_per_token': {'value': 7}, 'tokens_per_s': {'value': rate}}}
+    monkeypatch.setattr(compare, 'call', call)
+    monkeypatch.setattr(compare, 'load_record', load_record)
+    run = {'batch_size': 1, 'block_size': 4}
+    c = {**compare.KEYS, 'tokens': 40, 'runs': {'a': run, 'b': run}}
+    costs = asyncio.run(compare.calibrate(s, c, tmp_path))
+    assert calls == ['calibration_a', 'calibration_b'] * 3
+    assert {name: (cost['flops'], cost['seconds']) for name, cost in costs.items()} == {
+        'a': (7, 1 / 300), 'b': (7, 1 / 1000)}  # medians, of the third and fourth call
+    assert asyncio.run(compare.calibrate(s, c, tmp_path)) == costs and len(calls) == 6
+    c['runs'] = {'a': run, 'b': {**run, 'block_size': 8}}
+    asyncio.run(compare.calibrate(s, c, tmp_path))
+    assert calls[6:] == ['calibration_b'] * 3
+    s.threads = 2
+    asyncio.run(compare.calibrate(s, c, tmp_path))
+    assert len(calls) == 15
+
 @pytest.mark.parametrize('device, given, jobs', [('cuda', '0', 1), ('cpu', '0', 2),
                                                  ('cuda', '3', 3)])
 def test_runs_at_a_time(tmp_path, monkeypatch, device, given, jobs):

@@ -54,7 +54,8 @@ def test_words_at_other_distances_gain_nothing_from_a_lag():
     gains = history.words_by_distance(knows_the_lag, tokens, found, borders, SIZE, 100)[0]
     for gain in gains.values():
         assert 50 < len(gain) <= 100 and not gain.any()
-    found = [(500, 2, LAG, 9), (504, 1, 6, 9)]  # the latter without a cut between: not before 504
+    found = [(500, 2, LAG, 9), (504, 1, 6, 9),  # the latter without a cut between: not before 504
+             (512, SIZE + 1, LAG, 9)]  # too long to score
     gains, _ = history.words_by_distance(knows_the_lag, tokens, found, [6, 7, LAG, 34], SIZE, 9)
     assert gains[LAG].tolist() == pytest.approx([-2 * math.log(LAG)])  # both tokens of the word
     assert not len(gains[6]) and not len(gains[7])

@@ -120,11 +120,13 @@ def test_a_resumed_run_keeps_its_settings(train, resume, tmp_path, data_dir):
     train('rmt', max_iters=10, batch_size=3, learning_rate=5e-3, dtype='bfloat16', compile='off',
           threads=1, memory=2)
     done = resume('--max_iters=12', '--weight_decay=0.2', '--batch_size=6', '--seed=5',
-                  '--n_embd=32', '--dataset=other', '--memory=3')
+                  '--n_embd=32', '--dataset=other', '--memory=3', '--set_aside=0.5',
+                  '--document=a', '--eval_tokens=90')
     assert done.code == 0 and ', bfloat16\n' in done.out, done.err
     s = done.globals['s']
     assert (s.learning_rate, s.threads, s.compile, s.data_dir) == (5e-3, 1, 'off', str(data_dir))
-    for key, value in (('seed', 1337), ('n_embd', 16), ('dataset', 'tiny'), ('memory', 2)):
+    for key, value in (('seed', 1337), ('n_embd', 16), ('dataset', 'tiny'), ('memory', 2),
+                       ('set_aside', 0.0), ('document', ''), ('eval_tokens', 0)):
         assert f'resume: {key} stays {value!r}' in done.out
         assert load(tmp_path / 'out' / 'last.pt')['config'][key] == value
     assert [group['weight_decay'] for group in done.globals['optimizer'].param_groups] == [0.2, 0]

@@ -442,6 +442,8 @@ def test_pairs_start_from_weights_that_compare_names():
     close(matched.wpe.weight, 3 * usual.wpe.weight)
 
 @pytest.mark.parametrize('name, settings, words', [
+    ('text', dict(document='a', recompute=True), 'with document'),
+    ('text', dict(document='a', bptt_segments=1), 'with document'),
     ('text', dict(eval_tokens=1), 'eval_tokens=1'), ('text', dict(stretch=24), 'stretch=24'),
     ('text', dict(stretch=16, stream=True), 'stretch'), ('text', dict(block_size=50000), 'short'),
     ('needle', dict(filler='noise'), "'noise'"), ('needle', dict(key_length=4), 'key_length=4'),
