@@ -55,14 +55,20 @@ def records(names):
 
 def merged(group):
     """Records of several seeds as one: the mean of the losses with their standard deviation, sd,
-    and the medians of all else that is a number."""
-    metrics = dict(group[0]['metrics'])
+    the medians of all else that is a number, and the means of the curves."""
+    metrics, curves = dict(group[0]['metrics']), dict(group[0].get('curves', {}))
     for name in metrics:
         values = [record['metrics'].get(name, {}).get('value') for record in group]
         if len(values) > 1 and all(isinstance(value, (int, float)) for value in values):
             middle = statistics.mean if name == 'loss' else statistics.median
             metrics[name] = metric(middle(values), n=len(values), sd=statistics.stdev(values))
-    return {**group[0], 'metrics': metrics}
+    for name, curve in curves.items() if len(group) > 1 else ():
+        each = [(x, [find(record, f'curves/{name}/{x}') for record in group])
+                for x in (point['x'] for point in curve['points'])]
+        points = [{'x': x, 'value': statistics.mean(values)} for x, values in each
+                  if None not in values]
+        curves[name] = {**curve, 'points': points}
+    return {**group[0], 'metrics': metrics, 'curves': curves}
 
 def fill(template, record):
     """The first alternative of a template whose fields are all there; '' if there is none."""

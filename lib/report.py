@@ -159,7 +159,7 @@ def write(record, folder):
     write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode(errors='replace')))
     for file, name in (('loss', 'validation loss'), ('context', 'context curve'),
                        ('recall', 'recall')):
-        title = f"{name}, {parts[0]['metrics']['text']['value']}, first seed"
+        title = f"{name}, {parts[0]['metrics']['text']['value']}, means over the seeds"
         shown = {label: model['curves'][name] for label, model in rows_of(parts, '{name}').items()
                  if name in model['curves']}
         if shown:

@@ -49,11 +49,10 @@ class Feedback(Peer):
         attn, outputs, tau = self.transformer.h[0].attn, [], self.config.memory
         memory = x.new_zeros(len(x), tau, x.size(-1)) if carry is None else carry
         seen = attn.heads(self.c_memory(self.ln_m(memory)))  # (B, 2, H, tau, D)
-        for x_t in x.split(1, dim=1):
-            k = F.pad(seen[:, 0], (0, 0, 0, 1))  # the place of x_t is the last
-            layers, read = [x_t], (attn.turn(k)[:, :, :-1], seen[:, 1])
+        for x_t in x.split(1, dim=1):  # whose place is the last
+            layers, kv = [x_t], (attn.turn(F.pad(seen[:, 0], (0, 0, 0, 1)))[:, :, :-1], seen[:, 1])
             for block in self.transformer.h:
-                layers.append(block(layers[-1], read)[0])  # (a)
+                layers.append(block(layers[-1], kv)[0])  # (a)
             m_t = torch.stack(layers, dim=-1) @ self.w.softmax(dim=0)  # (B, 1, C); (b)
             memory = torch.cat((memory[:, 1:], m_t), dim=1)
             seen = torch.cat((seen[:, :, :, 1:], attn.heads(self.c_memory(self.ln_m(m_t)))), dim=3)

@@ -50,6 +50,16 @@ def test_fields(record):
     assert docs.fill('{metrics/loss|.2f} of {curves/recall/1000/n}', record) == '1.23 of 100'
     assert docs.fill('{curves/recall/7} || {settings/name}', record) == 'fold'
 
+def test_seeds_are_merged(record):
+    points = [{'x': 12, 'value': 0.5}, {'x': 7, 'value': 0.1}]
+    metrics = {'loss': metric(2.23456), 'speed': metric(3)}
+    other = {**record, 'metrics': metrics, 'curves': {'recall': {'points': points}}}
+    some = [{**record, 'metrics': {**metrics, 'loss': metric(1.23456)}}, other, other]
+    found = docs.merged(some)
+    assert docs.fill('{metrics/loss|.3f} {metrics/loss/n} {metrics/speed}', found) == '1.901 3 3'
+    assert found['curves']['recall']['points'] == [{'x': 12, 'value': pytest.approx(2 / 3)}]
+    assert docs.merged([record])['curves'] == record['curves']
+
 def test_picture_carries_what_it_shows(record, tmp_path):
     path = str(tmp_path / 'recall.png')
     curves(path, 'Needle', record['curves'])
