@@ -186,8 +186,9 @@ def read_text(file, mixed=False):
         raw = Path(file).read_bytes() if file else _python_text(mixed)
         return raw.decode('utf-8').removeprefix('\ufeff')
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: cannot read {file or 'the library of Python'} "
-                         f'({_reason(error)}): give a text in UTF-8 with --file=PATH') from None
+        reason = getattr(error, 'strerror', None) or _reason(error)
+        raise SystemExit(f"error: cannot read {file or 'the library of Python'} ({reason}): give a "
+                         'text in UTF-8 with --file=PATH') from None
 
 def _python_text(mixed=False):
     """Python's own documentation and library: some 5 MB of text that is there without a network.
