@@ -6,5 +6,5 @@ from config import compare_peers as _peers
 seeds = [1337]
 tokens = _peers.tokens // 2
 common = {**_peers.common, 'set_aside': 0.1}
-runs = {f'{name}, {rate:g}': {**model, 'learning_rate': rate, 'min_lr': rate / 50}
+runs = {f'{name}, {rate:g}': {**model, **_peers._at(rate)}
         for rate in (4e-3, 2e-3, 8e-3, 1.2e-2, 1e-3) for name, model in _peers.runs.items()}
