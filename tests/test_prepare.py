@@ -74,7 +74,7 @@ def test_bad_texts(text, words):
     ({'file': ''}, "python prepare.py mine --file=PATH"), ({'file': 'a\0b'}, 'null byte'),
     ({'dataset': 'python'}, "'python' takes no --file|another name"), ({'file': '.'}, 'directory'),
     ({'tokenizer': 'chr'}, "char or gpt2, not 'chr'"),
-    ({'file': 'none.txt'}, "'none.txt'|No such file|--file=PATH"),
+    ({'file': 'none.txt'}, 'none.txt|No such file|--file=PATH'),
     ({'data_dir': '/dev/null/x'}, 'cannot write|Not a directory|--data_dir'),
     ({'dataset': 'shakespeare'}, 'my.txt is not tiny Shakespeare|SHA-256|another name')])
 def test_bad_requests(settings, words):
