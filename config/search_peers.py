@@ -1,5 +1,5 @@
 # Learning rates of config/compare_peers.py: python compare.py config/search_peers.py
-# Five for each model, by runs of half the length, on the last tenth of the training split, which
+# Of five for each model, by runs of half the length, on the last tenth of the training split, which
 # they do not see.
 from config import compare_peers as _peers
 

@@ -43,6 +43,16 @@ def test_what_is_set_aside_is_scored_and_never_trained_on(data_dir):
     both = [*search.train_data.tolist(), *search.val_data.tolist()]
     assert both == usual.train_data.tolist() and search.val_data.tolist() != usual.val_data.tolist()
 
+def test_streams_go_on_in_other_micro_batches(data_dir):
+    one, two = (make_task('text', 'fold', data_dir=data_dir, stream=True, batch_size=B,
+                          gradient_accumulation_steps=4 // B) for B in (4, 2))
+    one.backward()
+    before = one.carries[0]
+    two.load_state(one.state(), 'cpu')
+    one.load_state(two.state(), 'cpu')
+    assert [*map(len, two.carries)] == [2, 2] and torch.equal(torch.cat(two.carries), before)
+    assert torch.equal(*one.carries, before)
+
 def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
     fold = make_task('text', data_dir=data_dir, batch_size=4, block_size=16)
     gpt = make_task('text', data_dir=data_dir, batch_size=16, block_size=4, stretch=16)
