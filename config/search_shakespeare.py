@@ -1,8 +1,8 @@
 # The search behind config/fold_shakespeare.py and config/gpt_shakespeare.py:
 #   python compare.py config/search_shakespeare.py
 # One change at a time, and the two that helped together, the same for the fold, the GPT of its
-# window and the sliding window; then shapes of the fold. All are scored on the last tenth of the
-# training split, which these runs do not see.
+# window and the sliding window. All are scored on the last tenth of the training split, which these
+# runs do not see.
 seeds = [1337]
 tokens = 3_532_800
 
@@ -27,19 +27,6 @@ _changes = {
     'weight decay 0.5, warm-up of 300': dict(weight_decay=0.5, warmup_iters=300),
     'last rate 0': dict(min_lr=0.0),
     'last rate 4e-4': dict(min_lr=4e-4),
-    'rotary base 100': dict(rotary_base=100.0),
-}
-_shapes = {
-    '1 local, 3 global layers': dict(n_local=1, n_global=3),
-    '2 local, 2 global layers': dict(n_local=2, n_global=2),
-    '2 + 2 layers, past frozen': dict(n_local=2, n_global=2, past='frozen'),
-    'local layers see their segment': dict(local='segment'),
-    'learned positions': dict(position='learned'),
-    'segments of 6': dict(segment_size=6),
-    'segments of 24': dict(segment_size=24),
-    'gated carry': dict(carry='gated'),
-    'sequences of 48': dict(block_size=48, batch_size=32, stretch=96),
 }
 runs = {f'{name}, {change}'.removesuffix(', '): {**model, **settings}
         for change, settings in _changes.items() for name, model in _models.items()}
-runs |= {f'fold, {shape}': {**_models['fold'], **settings} for shape, settings in _shapes.items()}
