@@ -302,9 +302,10 @@ def main(s):
     for part in s.parts.split(','):
         if part != 'generation' and s.device == 'cpu':
             s = s.replace(products=machine.choose_products(s.products))
-        machine.set_threads(s.threads or (1 if part == 'generation' else cores))
+        threads = s.threads or (1 if part == 'generation' else cores)
+        machine.set_threads(threads)
         path = result_path(f'{part}{s.label}.json', s.record)
-        for metrics, curves, notes in PARTS[part](s):
+        for metrics, curves, notes in PARTS[part](s.replace(threads=threads)):
             result = make_record(part, {**s.as_dict(), 'processes': processes.WORLD}, [s.seed],
                                  metrics, curves, notes, device=s.device)
             processes.from_writer(lambda: save_record(path, result))

@@ -50,6 +50,8 @@ EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what thes
 # of a run, in its folder: what of it check_kind is to find in each
 FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
          'settings.json': b'"gradient_accumulation_steps": '}
+OURS = {'out_dir', 'init_from', 'record', 'data_dir', 'seed', 'device', 'threads', 'file'}  # of
+# probe.py, which a comparison sets itself, or leaves as they are
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
@@ -135,7 +137,7 @@ def read_comparison(name):
     require({*c['budgets']} <= {*BUDGETS} and len({*c['budgets']}) == len(c['budgets'])
             and (c['tokens'] or not c['budgets']),
             f'{name}: budgets must be some of {BUDGETS}, beside tokens')
-    known = defaults_of(probe)
+    known = defaults_of(probe).keys() - OURS
     for key in c['probe']:
         require(key in known, f'{name}: unknown key of probe {key!r}: {hint(key, known)}')
     for run in c['runs']:
@@ -220,10 +222,10 @@ async def calibrate(s, c, folder):
                                              pick_device(s.device), c['tokens'] // update)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
                  'eval_tokens': 2000 + 2 * settings['block_size'], 'overwrite': True,
-                 'data_dir': s.data_dir}
+                 'data_dir': s.data_dir, 'out_dir': where}
         try:
             async with slots:
-                await call(s, 'train.py', **flags, out_dir=where)
+                await call(s, 'train.py', **flags)
             return load_record(where / 'record.json')['metrics']
         except SystemExit:  # which the run itself will report
             return {}
@@ -256,7 +258,7 @@ async def work(s, run, slots):
                 task = find_task(run.settings.get('task', 'text'))
                 if 'data_dir' in defaults_of(task):
                     start['data_dir'] = s.data_dir
-                await call(s, 'train.py', **run.settings, **start, out_dir=run.folder)
+                await call(s, 'train.py', **{**run.settings, **start, 'out_dir': run.folder})
             require(run.has('record.json'), 'train.py was stopped before its end')
             if asked and not run.has('probe.json'):
                 await call(s, 'probe.py', **asked, out_dir=last, data_dir=s.data_dir)

@@ -157,7 +157,7 @@ def _apply(entries, defaults):
             continue
         value = _check(origin, key, value, defaults[key])
         if value and f'_{key}'.endswith(('_dir', '_file', '_state')):
-            value = os.path.expanduser(value)  # relative in a file: from the script's folder
+            value = os.path.expanduser(value)  # a file's own stays relative: a script places it
             value = os.path.abspath(value) if origin == '--' else value
         values[key] = value
         given.add(key)

@@ -116,7 +116,7 @@ def prepare(dataset, file='', tokenizer='char', data_dir='data'):
             'files': {part: _sha256(content) for part, content in parts.items()}}
     _write(folder, {**parts, 'meta.json': (json.dumps(meta, indent=1) + '\n').encode()})
     say(f'{dataset}: {n_train:,} training and {len(ids) - n_train:,} validation tokens, '
-         f'vocabulary of {encoder.vocab_size:,}, written to {folder}')
+        f'vocabulary of {encoder.vocab_size:,}, written to {folder}')
     return folder
 
 def load_meta(folder):

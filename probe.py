@@ -22,8 +22,9 @@ from lib.contract import count_parameters
 from lib.device import set_up
 from lib.files import PICTURE, RECORD, check_place
 from lib.pictures import curves
-from lib.records import make_record, metric, result_path, save_record
+from lib.records import ROOT, make_record, metric, result_path, save_record
 from lib.streaming import check_reading
+from prepare import load_meta
 from tasks import find_task
 
 # run
@@ -34,7 +35,7 @@ init_from = ''      # in place of a run: a folder of Hugging Face's format, or p
                     # result goes into out_dir, or out/probe_NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
-seed = 1337         # of the bootstrap
+seed = 1337         # of the bootstrap, and of the keys hidden in a file
 device = 'auto'     # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0         # CPU threads; 0: as many as there are idle cores
 # text
@@ -47,9 +48,9 @@ words = 400         # words scored in every bin of remote co-occurrence and of c
 bins = '12,24,48,96,150,336,1000'  # borders of these bins, tokens back to where the word stood last
 stretches = 100     # contiguous parts of the text that the bootstrap draws from
 resamples = 2000    # bootstrap samples
-# needle, track, pairs and mqar
+# needle, track, facts, pairs and mqar
 sequences = 200     # fresh sequences at each distance, or for each number of pairs
-# needle and track
+# needle, track and facts
 distances = '12,48,192,768,3072,12288,49152,1000000'  # tokens read before the question
 far = 100000        # from this distance on there are far_sequences
 far_sequences = 100  # fresh sequences at far distances
@@ -73,6 +74,12 @@ def main(p):
     model = ckpt.load_model(saved, device=device).eval()
     check_reading(model)
     folder, data = os.path.dirname(path), saved.get('data', {})
+    config['data_dir'] = p.data_dir  # the run's own may be of another machine
+    if {'dataset', 'sha256'} <= data.keys() and not p.file:
+        text = os.path.join(ROOT, p.data_dir, str(data['dataset']))
+        meta = load_meta(text)
+        require((meta['sha256'], meta['tokenizer']) == (data['sha256'], saved.get('tokenizer')),
+                f'{text} has another text or tokenizer than the model: prepare that again')
     name = os.path.basename(folder)
     if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
         folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)

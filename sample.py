@@ -127,7 +127,7 @@ require(saved.get('tokenizer') and saved['task'] == 'text', f'{path} is of anoth
         f'another program, too, by --init_from=PATH --max_iters=0')
 tokenizer = Tokenizer(saved['tokenizer'])
 model = ckpt.load_model(saved, device=device, vocab_size=tokenizer.vocab_size).eval()
-corpus = (saved.get('data') or {}).get('dataset', 'an unnamed corpus')
+corpus = saved.get('data', {}).get('dataset', 'an unnamed corpus')
 write(sys.stderr, f"{os.path.relpath(path)}: {saved['model_type']}, trained on {corpus}\n")
 
 # --- read and write -------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ def evaluate():
 def save(is_best=False):
     """Write last.pt, and before it ckpt.pt if no evaluation was better: resuming repeats what a
     kill cuts short."""
-    stop_unless_finite(max(p.detach().abs().max() for p in model.parameters()).item(), 'a weight')
+    largest = torch.stack([p.detach().abs().max() for p in model.parameters()]).max()
+    stop_unless_finite(largest.item(), 'a weight')  # NaN if one of them is
     rng = from_all(random_state(device))
     checkpoint = {
         'model_type': s.model_type, 'model_args': vars(model.config), 'model': model.state_dict(),

@@ -5,7 +5,7 @@
 from config import fold_shakespeare, fold_shakespeare_paper, gpt_shakespeare
 
 def _settings(module):
-    less = 'out_dir', 'max_iters', 'eval_interval'  # which a comparison sets
+    less = 'out_dir', 'offline_dataset', 'max_iters', 'eval_interval'  # a comparison sets these
     return {key: vars(module)[key] for key in vars(module) if key[0] != '_' and key not in less}
 
 seeds = [1337, 1338, 1339]

@@ -53,13 +53,13 @@ def find_file(path):
     raise SystemExit(f'error: no checkpoint at {path}, which is none of '
                      f'{", ".join(pretrained.PUBLISHED)} either; {TRAIN_FIRST}')
 
-def read_file(path, kind, device='cpu'):
+def read_file(path, kind):
     """The dictionary in a file of torch's. Raises SystemExit, in one line, for one of no use."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise zipfile.BadZipFile
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:  # which is no damage
         raise
     except Exception as error:  # a damaged file can fail anywhere
@@ -68,12 +68,12 @@ def read_file(path, kind, device='cpu'):
     require(isinstance(content, dict), f'{path} is not a {kind}: it holds no dictionary')
     return content
 
-def load(path, device='cpu'):
+def load(path):
     """The dictionary in a checkpoint file, of this project or of nanoGPT, or what stands for it in
     a Hugging Face folder. Raises SystemExit if it holds none."""
     foreign = str(path).endswith(('.json', '.safetensors'))
     checkpoint = {'model': None, 'model_args': None, 'model_type': 'gpt', 'task': 'text',
-                  **(pretrained.read(path) if foreign else read_file(path, 'checkpoint', device))}
+                  **(pretrained.read(path) if foreign else read_file(path, 'checkpoint'))}
     wrong = [key for key, kind in KINDS.items()
              if not isinstance(checkpoint.get(key, kind()), kind)]
     require(not wrong and type(checkpoint['model_args'].get('vocab_size')) is int, f'{path} is not '
@@ -163,7 +163,7 @@ def save_state(path, state, model, generator):
                'rng': generator.get_state()}
     save(path, content, 'a state that was there is kept')
 
-def load_state(path, model, generator=None):
+def load_state(path, model, generator):
     """The state that save_state wrote; its random numbers go on from there in a generator of the
     same kind of device. Raises SystemExit if the file is missing or damaged, or if another model
     wrote it."""

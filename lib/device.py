@@ -102,7 +102,7 @@ def choose_products(products):
         if not serves:
             mkldnn.matmul.fp32_precision = before
     if products == 'onednn' and not serves:
-        print("oneDNN's products do not serve on this machine; going on with torch's")
+        say("oneDNN's products do not serve on this machine; going on with torch's")
     return 'onednn' if serves else 'torch'
 
 def cpu_info():

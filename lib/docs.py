@@ -24,7 +24,7 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-from lib.console import require
+from lib.console import require, say
 from lib.files import write_file
 from lib.pictures import curves, digest
 from lib.records import ROOT, load_record, metric
@@ -132,4 +132,4 @@ def stale():
 if __name__ == '__main__':
     for path, make_anew in stale().items():
         make_anew()
-        print('made anew:', os.path.relpath(path, ROOT))
+        say(f'made anew: {os.path.relpath(path, ROOT)}')

@@ -10,7 +10,7 @@ from lib.console import Progress, require, say
 from lib.contract import unit
 from lib.records import ROOT, metric
 from lib.scoring import last_losses, mean_and_error, token_losses
-from prepare import Tokenizer, load_meta, read_text
+from prepare import Tokenizer, read_text
 
 USEFUL = 0.005  # nats per token that older text must be worth to count as preserved
 WORD = r'[^\W\d]\w*'  # where a token is a character; identifiers of a program, too
@@ -49,18 +49,15 @@ def probe_text(model, saved, p, device):
 
 def open_text(saved, p):
     """The text to score, (N,) int64, and its recurrences."""
-    named = p.file or {'dataset', 'sha256'} <= {*(saved.get('data') or ())}
+    named = p.file or {'dataset', 'sha256'} <= saved.get('data', {}).keys()
     require(named and saved.get('tokenizer'), 'the checkpoint does not name its data set or its '
             'vocabulary: probe runs of train.py, or gpt2 with --file')
     tokenizer = Tokenizer(saved['tokenizer'])
     if p.file:
         ids = tokenizer.encode(read_text(p.file))
     else:
-        folder = os.path.join(ROOT, p.data_dir, str(saved['data']['dataset']))
-        meta = load_meta(folder)
-        require((meta['sha256'], meta['tokenizer']) == (saved['data']['sha256'], tokenizer.spec),
-                f'{folder} has another text or tokenizer than the model: prepare that again')
-        ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.uint16)
+        path = os.path.join(ROOT, p.data_dir, str(saved['data']['dataset']), 'val.bin')
+        ids = np.fromfile(path, dtype=np.uint16)
     tokens = torch.from_numpy(ids.astype(np.int64))
     return tokens, recurrences(tokens, tokenizer)
 

@@ -34,6 +34,7 @@ class MemoryTask:
     sequences and their number; asked, what they are asked for."""
 
     tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0
+    SEGMENT = 'segment_size'  # the setting that says how many tokens a segment has
 
     def __init__(self, s, sequences):
         require(s.batch_size % WORLD == 0,
@@ -47,7 +48,9 @@ class MemoryTask:
 
     def start(self, model, device, autocast):
         self.model, self.device, self.autocast = model, device, autocast
-        self.carries = carries(model)
+        self.carries, l = carries(model), getattr(self.s, self.SEGMENT, 0)
+        require(l % unit(model) == 0, f'{self.SEGMENT}={l} must be a multiple of the model\'s '
+                f'recurrence step of {unit(model)} tokens')
 
     def follow(self, right, rate):
         """Move the recall of training towards that of new answers; to be read after backward."""
@@ -93,7 +96,7 @@ class WalkingTask(MemoryTask):
     further(rows, F), which reads on in place: loss, which are right, tokens read.
     """
 
-    KEPT, SEGMENT = ('stage', 'recall'), 'segment_size'  # the latter the key of l
+    KEPT = 'stage', 'recall'
 
     def __init__(self, s, sequences):
         at_least(s, longest=1, first=1, probe_distance=0)
@@ -102,11 +105,6 @@ class WalkingTask(MemoryTask):
         require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
         super().__init__(s, sequences)
         self.l, self.stage = getattr(s, self.SEGMENT), s.first
-
-    def start(self, model, device, autocast):
-        super().start(model, device, autocast)
-        require(self.l % unit(model) == 0, f'{self.SEGMENT}={self.l} must be a multiple of the '
-                f"model's recurrence step of {unit(model)} tokens")
 
     def backward(self):
         F, old = self.stage, self.walkers

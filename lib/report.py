@@ -27,7 +27,7 @@ MAIN = {'parameters': '{metrics/parameters|,.0f}', 'training tokens': '{metrics/
         'state bytes': '{metrics/state_bytes|,.0f}'}
 TASK = 'task', 'dataset', 'cups', 'every', 'hops'  # what tells one from another
 INTERVAL = '{@|+.4f} [{@/low|+.4f}, {@/high|+.4f}]'
-DIFFERENCE = '{@|+.4f} ± {@/error|.4f}, {@/verdict} || {@|+.4f}, {@/verdict}'
+DIFFERENCE = '{value|+.4f} ± {error|.4f}, {verdict} || {value|+.4f}, {verdict}'
 
 def make(c, runs, s):
     """The record of a comparison. c: what its file says; runs: compare.Run, one that is not
@@ -114,7 +114,7 @@ def difference_table(record):
     """The first run minus each other: a row for each, a column for each budget."""
     budgets = by_budget(record['parts'])
     pairs = [f'{first} minus {name}' for first, *others in budgets.values() for name in others]
-    cells = [[pair, *(fill(DIFFERENCE.replace('@', f'metrics/{pair}, equal {budget}'), record)
+    cells = [[pair, *(fill(DIFFERENCE, record['metrics'].get(f'{pair}, equal {budget}', {}))
                       for budget in budgets)] for pair in dict.fromkeys(pairs)]
     return markdown(['', *(f'equal {budget}' for budget in budgets)], cells)
 
@@ -157,10 +157,12 @@ def write(record, folder):
                      for label, run in rows_of(parts).items() if run['notes']]
     text = '\n\n'.join(sections) + '\n'
     write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode(errors='replace')))
+    base = next(iter(by_budget(parts))).split(',')[0]  # of other budgets, curves are of other x
+    equal = [part for part in parts if part['settings']['budget'].startswith(base)]
     for file, name in (('loss', 'validation loss'), ('context', 'context curve'),
                        ('recall', 'recall')):
         title = f"{name}, {parts[0]['metrics']['text']['value']}, means over the seeds"
-        shown = {label: model['curves'][name] for label, model in rows_of(parts, '{name}').items()
+        shown = {label: model['curves'][name] for label, model in rows_of(equal, '{name}').items()
                  if name in model['curves']}
         if shown:
             curves(os.path.join(folder, f'{file}.png'), title, shown, log=file != 'loss')

@@ -23,8 +23,8 @@ every = 4               # lines from a fact to the next, on average
 line = 48               # tokens of a line: one question, and at most one fact
 dataset = 'shakespeare'  # its training split is the text of training, its validation split of tests
 data_dir = 'data'       # folder of the prepared data sets
-longest = 8             # lines of a new sequence, once the curriculum has grown, but one
-first = 1               # lines with which the curriculum starts, but one
+longest = 8             # lines of a new sequence, less one, once the curriculum has grown
+first = 1               # lines with which the curriculum starts, less one
 grow_at = 0.9           # share of new sequences with no wrong answer at which the curriculum grows
 leave = 0.01            # share of the walking sequences that leave at an update, though right
 probe_distance = 192    # tokens of text after which answers are evaluated in training
@@ -101,7 +101,6 @@ class Sequences(RandomSequences):
         for, and the objects after them."""
         B, lines = len(objects), []
         for x in self.filling(B, T).split(self.l, dim=1):
-            x, B = x.clone(), len(x)
             quiet = (self.uniform(B) > 1 / self.s.every) & (objects >= 0).any(dim=1)
             slots = self.integers(0, objects.size(1), B).masked_fill(quiet, -1)
             objects = self.tell(x, objects, slots, self.middle)

@@ -147,6 +147,7 @@ def test_results_are_written_if_asked(again, tmp_path):
     ('384, []', "0, ['flops']\nupdates = 4", 'beside tokens'),
     ('384, []', "384, ['flops', 'flops']", 'budgets must be some of'),
     ("'targets'", "'target'", "probe 'target': did you mean targets?"),
+    ("'targets'", "'seed'", "unknown key of probe 'seed'"),
     ("'dataset'", "'task': 'needle', 'dataset'", 'tasks but text take `updates`'),
     ('384, []', "384, ['flop']", "budgets must be some of ('flops', 'seconds')"),
     ('prompts', 'prompt', 'did you mean prompts?'), ('12\n', '\n', 'SyntaxError'),
@@ -176,6 +177,20 @@ def test_differences_of_means_over_seeds(losses, value, error, verdict):
     assert found['a minus b, equal tokens']['value'] == pytest.approx(value)
     assert error is None or found['a minus b, equal tokens']['error'] == pytest.approx(error)
     assert found['a minus b, equal tokens']['verdict'] == verdict
+
+def test_the_curves_of_a_picture_are_of_one_budget(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, 'curves', lambda path, title, shown, log: drawn.append(shown))
+    points = {'tokens': 5, 'flops': 7}
+    parts = [{**part(name, 1, 2.0), 'notes': [], 'curves': {'validation loss': {'points': [
+        {'x': x, 'value': 2.0}]}}} for name in 'ab' for x in points.values()]
+    for one, budget in zip(parts, 2 * [*points]):
+        one['settings']['budget'] = budget
+        one['metrics']['text'] = metric('ape')
+    about = dict.fromkeys(('command', 'commit', 'date', 'hardware'), '')
+    report.write({**about, 'parts': parts, 'settings': {'jobs': 1, 'prompts': []}, 'notes': [],
+                  'metrics': report.differences(parts)}, tmp_path)
+    assert [[len(curve['points']) for curve in shown.values()] for shown in drawn] == [[1, 1]]
 
 def test_what_a_token_costs_is_measured_in_turns_and_anew_for_other_settings(tmp_path, monkeypatch):
     calls, s = [], SimpleNamespace(jobs=1, threads=1, device='cpu', data_dir='')

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small import V, make
+from test_sample import change
 
 from lib import history
 from lib.records import load_record
@@ -156,17 +157,23 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
         assert done.code == 1 and done.err.count('\n') == 1, done.err
         assert f'tasks/text.py has no {part}: write one, as tasks/__init__.py says' in done.err
 
-@pytest.mark.parametrize('change, problem', [
+def test_a_text_is_where_the_probe_is_told(train, run, data_dir, tmp_path):
+    assert train(task='facts', max_iters=0).code == 0
+    change(tmp_path / 'out' / 'ckpt.pt', config=lambda config: {**config, 'data_dir': 'nowhere'})
+    done = run('probe.py', f"--out_dir={tmp_path / 'out'}", f'--data_dir={data_dir}',
+               '--distances=12', '--sequences=4', '--device=cpu')
+    assert done.code == 0, done.err
+
+@pytest.mark.parametrize('spoil, problem', [
     (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
     (lambda saved: saved['data'].update(dataset=3), 'prepare it again with: python prepare.py 3'),
     (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
     (lambda saved: saved.pop('data'), 'does not name its data set'),
     (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
-def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, change,
-                                             problem):
+def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, spoil, problem):
     saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
-    change(saved)
+    spoil(saved)
     torch.save(saved, model_dir / 'ckpt.pt')
     done = run('probe.py', *SMALL, f'--out_dir={model_dir}', f'--data_dir={data_dir}')
     assert done.code == 1 and done.err.startswith('error: ') and problem in done.err

@@ -462,6 +462,7 @@ def test_pairs_start_from_weights_that_compare_names():
     ('track', dict(cups=1), 'cups must be at least 2'), ('track', dict(first=4), 'first=4'),
     ('track', dict(recompute=True), 'recompute=False'),
     ('pairs', dict(model_type='lstm'), 'matched'),
+    ('pairs', dict(model_type='gpt', window=4), 'segment_size=6 must be a multiple'),
     ('facts', dict(model_type='rmt', segment_size=36, block_size=72), 'line=48 must be a multiple'),
     ('facts', dict(hops=3), 'hops=3'), ('facts', dict(line=30), 'too short'),
     ('facts', dict(dataset='tiny'), "'tiny' has no '.', 'A',"),

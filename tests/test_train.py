@@ -112,7 +112,8 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
         assert record['curves'][name]['points'] == points and len(points) == n
 
 @pytest.mark.parametrize('cause, problem', [
-    (None, 'training loss is nan'), (1e39, 'a weight is'), (1e37, 'validation loss is')])
+    (None, 'training loss is nan'), (1e39, 'a weight is'), (1e37, 'validation loss is'),
+    ('last', 'a weight is nan')])
 def test_what_is_not_finite_stops_and_is_not_saved(train, trained, monkeypatch, cause, problem):
     out = trained()
     best, last = ((out / name).read_bytes() for name in ('ckpt.pt', 'last.pt'))
@@ -120,6 +121,9 @@ def test_what_is_not_finite_stops_and_is_not_saved(train, trained, monkeypatch, 
     if cause is None:
         monkeypatch.setattr(torch.nn.functional, 'cross_entropy',
                             lambda *args, **kwargs: loss(*args, **kwargs) * math.nan)
+    elif cause == 'last':  # of all parameters, and no other
+        monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_',
+                            lambda parameters, most: [*parameters][-1].grad.fill_(math.nan))
     else:
         settings.update(learning_rate=cause, grad_clip=0.0, decay_from=1.0, warmup_iters=0)
     stopped = train(init_from='resume', **settings)
