@@ -12,6 +12,8 @@ runs = {
     'fold without recurrence': dict(past='local', carry='plain'),
     'sliding window of 12': dict(model_type='gpt', window=12),
     'linear attention': dict(model_type='linear', position='none'),
+    'Gated DeltaNet': dict(model_type='deltanet', position='none'),
+    'LSTM': dict(model_type='lstm', position='none'),
     'GPT, window 72': dict(model_type='gpt'),
 }
 probe = dict(distances='12,48,192,768,12288,100000,1000000', far_sequences=100)
