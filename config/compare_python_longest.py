@@ -1,6 +1,7 @@
 # How far back a fold uses Python source, 18.4 million characters of training, and its controls:
 #   python compare.py config/compare_python_longest.py
-# Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all.
+# Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all
+# but the LSTM, which does better at higher ones (config/search_peers.py).
 # Half an hour of one CPU core a run.
 seeds = [1337]
 tokens = 18_432_000
@@ -14,6 +15,7 @@ runs = {
     'fold': _fold,
     'fold without recurrence': {**_fold, 'past': 'local'},
     'sliding window of 12': dict(model_type='gpt', position='rotary', window=12),
+    'LSTM': dict(model_type='lstm', position='none', learning_rate=8e-3, min_lr=4e-4),
     'fold, 1 + 3 layers, learned positions': _older,
     'the same, carry dropped': {**_older, 'past': 'none'},
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=384),
