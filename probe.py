@@ -74,12 +74,6 @@ def main(p):
     model = ckpt.load_model(saved, device=device).eval()
     check_reading(model)
     folder, data = os.path.dirname(path), saved.get('data', {})
-    config['data_dir'] = p.data_dir  # the run's own may be of another machine
-    if {'dataset', 'sha256'} <= data.keys() and not p.file:
-        text = os.path.join(ROOT, p.data_dir, str(data['dataset']))
-        meta = load_meta(text)
-        require((meta['sha256'], meta['tokenizer']) == (data['sha256'], saved.get('tokenizer')),
-                f'{text} has another text or tokenizer than the model: prepare that again')
     name = os.path.basename(folder)
     if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
         folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)
@@ -92,6 +86,12 @@ def main(p):
     check_place(target, RECORD)
     for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
         check_place(os.path.join(folder, picture), PICTURE)
+    config['data_dir'] = p.data_dir  # the run's own may be of another machine
+    if {'dataset', 'sha256'} <= data.keys() and not p.file:
+        text = os.path.join(ROOT, p.data_dir, str(data['dataset']))
+        meta = load_meta(text)
+        require((meta['sha256'], meta['tokenizer']) == (data['sha256'], saved.get('tokenizer')),
+                f'{text} has another text or tokenizer than the model: prepare that again')
     say(f"{os.path.relpath(path)}: {saved['model_type']}, update {saved.get('iter_num', 0)}, "
         f"task {saved['task']!r}, measured on {corpus}")
     found = task.probe(model, saved, p, device)

@@ -11,7 +11,9 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 
 def tell(kind, error, trace):
     """Show what ends the script; without a traceback unless the program is to blame."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what standard output still holds
+    elif issubclass(kind, KeyboardInterrupt):
         print('stopped', file=sys.stderr)
     elif line := explain(error):
         print(line, file=sys.stderr)

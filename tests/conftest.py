@@ -121,6 +121,7 @@ def start(run, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr('lib.pictures.curves', lambda *args, **kwargs: None)
             patch.setattr('lib.contract.flops_per_token', lambda *args: None)
+            patch.setattr('lib.records.git', lambda words: '')
             return run('train.py', *args)
     return start
 

@@ -112,6 +112,24 @@ def test_only_what_is_missing_or_asked_otherwise_is_made_again(again, compared):
     assert len(record['parts']) == 2 and len(record['notes']) == 2 and not error
     assert record['parts'][0]['notes'][1].startswith('2 b')
 
+@pytest.mark.parametrize('begun', [True, False])
+def test_a_run_goes_on_and_its_last_weights_are_probed(tmp_path, monkeypatch, begun):
+    calls, last = [], tmp_path / 'last.pt'
+    settings = {'init_from': 'out/b', 'gradient_accumulation_steps': 1}
+
+    async def call(s, script, **flags):
+        calls.append((script, flags.get('init_from'), flags['out_dir']))
+        (tmp_path / 'record.json').write_text('{"what": "training", "settings": {}}')
+    monkeypatch.setattr(compare, 'call', call)
+    if begun:
+        last.touch()
+        (tmp_path / 'settings.json').write_text(json.dumps(settings))
+    run = compare.Run('a', 'tokens', 1, settings, 4, tmp_path,
+                      {'record.json': {}, 'probe.json': {'words': 5}})
+    asyncio.run(compare.work(SimpleNamespace(data_dir=''), run, asyncio.Semaphore(1)))
+    start = 'resume' if begun else 'out/b'
+    assert calls == [('train.py', start, tmp_path), ('probe.py', None, last)]
+
 def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     runs, error = again({"24}": "24, 'n_layer': 1}, 'three heads': {'n_head': 3}",
                          '[]': '["flops"]'}, '--seeds=1')
@@ -132,7 +150,8 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(again):
     _, error = again({"runs = {": "runs = {'three heads': {'n_head': 3}, "}, '--only=three heads')
     assert error == f'error: no run is complete in {runs}; a report there is kept'
 
-def test_results_are_written_if_asked(again, tmp_path):
+def test_results_are_written_if_asked(again, run, tmp_path):
+    assert 'name a comparison' in run('compare.py').err
     assert again({}, '--record=True')[1] == ''
     assert len(load_record(tmp_path / 'results' / 'small.json')['parts']) == 4
     assert 'no --record with' in again({}, '--record=True', '--quick=True')[1]
@@ -156,12 +175,10 @@ def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     (tmp_path / 'wrong.py').write_text(FILE.replace(old, new, 1))
     refused = run('compare.py', tmp_path / 'wrong.py', f'--out_dir={tmp_path}')
     assert refused.code == 1 and words in refused.err and refused.err.count('\n') == 1
-    assert 'name a comparison' in run('compare.py').err
 
-def part(name, seed, loss, points=(), **settings):
+def part(name, seed, loss, **settings):
     return {'settings': {'name': name, 'seed': seed, 'budget': 'tokens', **settings},
-            'metrics': {'loss': metric(loss)},
-            'curves': {'context curve': {'points': points}}}
+            'metrics': {'loss': metric(loss)}}
 
 @pytest.mark.parametrize('losses, value, error, verdict', [
     ([1.0, 1.2, 1.1], -0.5, (2 * 0.01 / 3) ** 0.5, 'ahead'), ([2.2, 2.0, 2.1], 0.5, None, 'behind'),

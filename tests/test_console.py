@@ -31,10 +31,13 @@ def test_say_never_fails(out, encoding, printed, said):
         child.stdout = child.stdout.close()
     assert child.communicate(b'\n') == (printed, said) and child.returncode == 0
 
-def test_a_process_that_lost_another_ends_in_a_line():
-    lost = RuntimeError('[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: \nreset')
-    assert console.explain(lost).startswith('error: another process ended')
-    assert console.explain(RuntimeError('shapes differ')) is None
+@pytest.mark.parametrize('error, words', [
+    (MemoryError(), 'lower batch_size'), (RuntimeError('not enough memory'), 'lower batch_size'),
+    (RuntimeError('gloo/tcp/pair.cc:537: \nreset'), 'error: another process ended'),
+    (FloatingPointError('x'), 'take other weights'), (RuntimeError('shapes differ'), None)])
+def test_an_error_that_is_not_the_programs_is_told_in_a_line(error, words):
+    line = console.explain(error)
+    assert line is None if words is None else words in line
 
 @pytest.mark.parametrize('rank, expected', [('1', ''), (
     '0', '\rwork: 1%, 10 tokens/s, 1m 59s left\rwork: 25%, 10 tokens/s, 1m 30s left, loss 2'

@@ -46,10 +46,6 @@ def record():
     return {'what': 'recall', 'settings': {'name': 'fold'}, 'metrics': {'loss': {'value': 1.23456}},
             'curves': {'recall': {'x': 'distance', 'y': 'share', 'points': points}}}
 
-def test_fields(record):
-    assert docs.fill('{metrics/loss|.2f} of {curves/recall/1000/n}', record) == '1.23 of 100'
-    assert docs.fill('{curves/recall/7} || {settings/name}', record) == 'fold'
-
 def test_seeds_are_merged(record):
     points = [{'x': 12, 'value': 0.5}, {'x': 7, 'value': 0.1}]
     metrics = {'loss': metric(2.23456), 'speed': metric(3)}

@@ -35,7 +35,6 @@ def contents(folder):
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
     (dict(beta1=1.0), ['beta1=1.0']), (dict(n_local=100000), ['n_local=100000 is too large']),
-    (dict(n_embd=10 ** 9), ['this model takes some']),
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
     (dict(decay_from=1.5), ['decay_from=1.5']),
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),
@@ -78,7 +77,6 @@ def sizes(**changed):
 
 SPOILED = [
     (lambda raw: b'garbage', ['is not a readable checkpoint: it is damaged, or of another']),
-    (lambda raw: raw[:-5000], ['is not a readable checkpoint']),
     (lambda raw: raw[:50_000] + bytes(2000) + raw[52_000:], ['it is damaged']),
     ([1], ['it holds no dictionary']),
     (dict(best_val_loss=np.float64(1)), ['or of another program (UnpicklingError)']),
@@ -171,7 +169,7 @@ def test_a_full_disk(run, train, model_dir, tmp_path, data_dir):
 
 @pytest.mark.parametrize('part, key, value', [
     ('rng', None, []), ('rng', None, [1]), ('optimizer', None, {'state': 1}),
-    ('optimizer', 'state', [1]), ('task_state', 'carries', [3]),
+    ('optimizer', 'state', [1]),
     ('task_state', 'generator', torch.zeros(3)), ('run', 'interval_loss', torch.ones(2))])
 def test_where_training_stands_is_what_a_run_saves(train, trained, part, key, value):
     out = trained(stream=True)
@@ -207,7 +205,7 @@ runs, probe = {'a': {}}, {'targets': 4}
     *[('probe.py', f'out/probe{end}') for end in ('.json', '.png', '_context_curve.png')],
     ('train.py', 'out/record.json'), ('train.py', 'out/loss.png'), ('train.py', 'out/probe.json'),
     *[('anew', f'out/{name}') for name in ('ckpt.pt', 'last.pt', 'log.jsonl')],
-    ('bench.py', 'out/generation.json'), ('bench.py', 'out/speed.json'),
+    ('bench.py', 'out/speed.json'),
     *[('compare.py', f'out/{name}') for name in (
         'comparison.json', 'report.md', 'loss.png', 'context.png', 'a_1/settings.json',
         'a_1/record.json', 'a_1/probe.json', 'a_1/samples.json', 'a_1/ckpt.pt', 'a_1/notes')]])

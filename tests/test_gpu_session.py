@@ -47,13 +47,16 @@ def test_every_step_is_a_command_that_the_scripts_know(monkeypatch, tiny):
 
 def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(session, 'TINY', False)
-    child = f"import time\ntime.sleep(1)\nopen({str(tmp_path / 'late')!r}, 'w')"
+    go, late = tmp_path / 'go', tmp_path / 'late'
+    child = (f'import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n'
+             f'open({str(late)!r}, "w")')
     parent = tmp_path / 'parent.py'
     parent.write_text(f'import subprocess, sys, time\nprint("begun", flush=True)\n'
                       f'subprocess.Popen([sys.executable, "-c", {child!r}])\ntime.sleep(60)\n')
-    assert session.call([str(parent)], 0.8) == (None, ['begun']) and not session.alive
-    time.sleep(1.5)
-    assert not (tmp_path / 'late').exists()
+    assert session.call([str(parent)], 3) == (None, ['begun']) and not session.alive
+    go.touch()
+    time.sleep(0.5)
+    assert not late.exists()
 
 @pytest.mark.parametrize('code, result', [
     ('print("written to x")', 'ok'), ('print("nothing")', 'FAILED'), ('written to', 'FAILED'),

@@ -9,7 +9,7 @@ from small import KEYS, SEGMENT, SIZES, C, V, all_logits, assert_equal, gradient
 from lib.checkpoint import load_weights
 from lib.contract import adamw, count_parameters, flops_per_token, make_model
 from lib.gradients import backpropagate
-from model import GPT, GlobalBlock, GPTConfig, LocalBlock
+from model import GPT, GPTConfig
 
 l = SEGMENT
 def small_gpt(**sizes):
@@ -48,9 +48,8 @@ def test_the_baseline_is_nanogpt(bias):
         optimizer.zero_grad()
     assert losses == pytest.approx(train['losses'], abs=5e-5)  # updates amplify rounding
 
-@pytest.mark.parametrize('kind', ['gpt', 'fold'])
-def test_initialization(kind):
-    model = make_model(kind, dict(block_size=64, segment_size=64, vocab_size=300, n_layer=8,
+def test_initialization():
+    model = make_model('fold', dict(block_size=64, segment_size=64, vocab_size=300, n_layer=8,
                                   n_local=3, n_global=5, n_head=2, n_embd=128, carry='gated'))
     for name, p in model.named_parameters():
         std = 0.02 / math.sqrt(2 * 8) if name.endswith('c_proj.weight') else 0.02
@@ -59,7 +58,7 @@ def test_initialization(kind):
         elif 'gate' not in name:
             assert (p == (0 if name.endswith('bias') else 1)).all(), name
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert kind == 'gpt' or (model.carry_gate.bias.sigmoid() > 0.7).all()  # it starts by keeping
+    assert (model.carry_gate.bias.sigmoid() > 0.7).all()  # it starts by keeping
 
 def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(monkeypatch):
     model, rates = make('gpt', dropout=0.5), []
@@ -67,17 +66,6 @@ def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(mon
     for training in (True, False):
         model.train(training)(tokens(1, l))
     assert rates.count(0.5) == 1 + 3 * model.config.n_layer == sum(map(bool, rates))
-
-@pytest.mark.parametrize('kind, L', [('gpt', 80), ('fold', 160)])
-def test_windows_short_and_long_attend_alike(kind, L, monkeypatch):
-    """The fused kernel that long windows use, and the softmax spelled out for short ones."""
-    model, idx = make(kind, block_size=L, segment_size=80), tokens(2, L)
-    monkeypatch.setattr('model.FUSED_FROM', 65)
-    long = all_logits(model, idx)
-    for T in (1, 30, 64, 65):
-        assert_equal(all_logits(model, idx[:, :T]), long[:, :T])
-    monkeypatch.setattr('model.FUSED_FROM', 1000)
-    assert_equal(all_logits(model, idx), long)
 
 @pytest.mark.parametrize('n_local, n_global, bias, keys', [
     (0, 2, False, {}), (1, 3, False, {}), (3, 1, True, KEYS[18]),
@@ -90,7 +78,6 @@ def test_one_segment_is_a_gpt(n_local, n_global, bias, keys):
     shapes = [[(k, v.shape) for k, v in model.state_dict().items()] for model in (gpt, fold)]
     assert shapes[0] == shapes[1] and count_parameters(fold) == count_parameters(
         make('gpt', block_size=99, n_layer=n_local + n_global, bias=bias))  # places are not counted
-    assert [*map(type, fold.transformer.h)] == [LocalBlock] * n_local + [GlobalBlock] * n_global
     idx, targets = tokens(2, l), tokens(2, l)
     assert_equal(all_logits(gpt, idx), all_logits(fold, idx))
     assert_equal(*(backpropagate(model, idx, targets)[0] for model in (gpt, fold)))

@@ -160,7 +160,7 @@ def test_published_weights(web, run, train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kind, keys', [
     ('fold', {}), ('gpt', {'position': 'learned', 'block_size': 24})])
-def test_a_task_goes_along(train, run, tmp_path, data_dir, kind, keys):
+def test_a_task_goes_along(train, run, tmp_path, kind, keys):
     assert train(kind, task='needle', filler='text', key_length=2, max_iters=2, **keys).code == 0
     assert run('lib/pretrained.py', tmp_path / 'out', tmp_path / 'hf').code == 0
     (tmp_path / 'my.txt').write_text('a1 b2\n' * 99)

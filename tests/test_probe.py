@@ -91,12 +91,6 @@ def test_a_gpt_shows_nothing_beyond_its_window():
     assert len(curves[REMOTE]) == 3 and all(point['n'] > 5 and point['value'] == point['low'] == 0
                                             for point in curves[REMOTE].values())
 
-def test_a_fold_is_not_blind_there():
-    model = make(block_size=4 * SIZE, segment_size=SIZE)
-    curves = measure(partial(last_losses, model), torch.randint(V, (2000,)), targets=60)
-    values = [point['value'] for curve in curves.values() for point in curve.values()]
-    assert len(values) == 10 + 9 + 4 and all(values)  # a curve without points has none to copy
-
 def test_every_history_is_that_of_the_same_segments():
     tokens, seen = torch.arange(5000), []
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
+from lib.rows import Rows
 from prepare import Tokenizer
 from tasks import find_task, mqar, needle, pairs, track
 
@@ -133,6 +134,15 @@ class Reader(torch.nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss, carry
 
+def test_rows_that_walk_on_count_in_the_loss_as_new_ones_do():
+    task, w = make_task('needle', batch_size=4), torch.ones((), requires_grad=True)
+    fine = torch.ones(4).bool()
+    rows = Rows(keys=torch.zeros(4, 1), age=torch.zeros(4), carry=torch.zeros(4, 1))
+    task.walkers, task.carries = rows.pick([0, 1]), True
+    task.new = lambda F: (3 * w, fine, 10, fine, rows)
+    task.further = lambda old, F: (5 * w, fine[:2], 7)
+    assert task.backward() == (5.5, 17) and w.grad == 5.5  # 3 + 5 * 2 / 4
+
 def texts_of(walkers):
     """What each of those that walk on has read, by its memory."""
     return [text[len(text) - n:].tolist() for text, n in zip(*walkers.carry)]
@@ -205,11 +215,14 @@ def finder(task, knows, starts):
 def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler, monkeypatch):
     task, starts = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE), set()
     monkeypatch.setattr('lib.streaming.FUSED_FROM', 3)  # so that it is tried on few tokens
+    made, make = [], needle.make_sequences
+    monkeypatch.setattr(needle, 'make_sequences', lambda s, *how: made.append(how) or make(s, *how))
     scholar = finder(task.sequences, lambda d: d in (5, 7000), starts)
     found = needle.recalled(scholar, task.s, [5, 30, 7000], 12, 'cpu')
     assert found == {5: 12, 30: 0, 7000: 12} and starts == set(range(12))
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
+    assert {split for split, _ in made} == {'val'} and all(seed != task.s.seed for _, seed in made)
 
 def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
         data_dir, tmp_path, capsys, monkeypatch):
@@ -285,8 +298,11 @@ def test_tracking_is_that_of_the_model_at_every_distance():
     def answer(text):
         if len(text) - 2 in (36, 7200):
             return known.object + lying(known, text)[text[-1] - known.cup]
-    right = track.answered(Knower(answer), lambda seed, split: track.Sequences(s, seed), s.seed,
-                           [30, 48, 7200], 60, 'cpu')
+
+    def fresh(seed, split):
+        assert split == 'val' and seed != s.seed
+        return track.Sequences(s, seed)
+    right = track.answered(Knower(answer), fresh, s.seed, [30, 48, 7200], 60, 'cpu')
     assert right == {30: 60, 48: 0, 7200: 60}
 
 def where(text):
