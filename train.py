@@ -166,7 +166,7 @@ def train_step(it):
     return loss, tokens
 
 def stop_unless_finite(value, what):
-    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped; what is in '
+    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped; ckpt.pt in '
             f'{out_dir} is from before. A lower learning_rate than {s.learning_rate} usually helps')
 
 def write_log(**record):
