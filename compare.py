@@ -50,8 +50,8 @@ EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what thes
 # of a run, in its folder: what of it check_kind is to find in each
 FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
          'settings.json': b'"gradient_accumulation_steps": '}
-OURS = {'out_dir', 'init_from', 'record', 'data_dir', 'seed', 'device', 'threads', 'file'}  # of
-# probe.py, which a comparison sets itself, or leaves as they are
+# settings of probe.py that are not a comparison file's to set
+OURS = {'out_dir', 'init_from', 'record', 'data_dir', 'seed', 'device', 'threads', 'file'}
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
