@@ -47,7 +47,7 @@ KEYS = {'seeds': [1337], 'tokens': 0, 'updates': 0, 'budgets': [], 'common': {},
         'probe': {}, 'prompts': [], 'new_tokens': 200}
 BUDGETS = 'flops', 'seconds'  # equal to the first run's, beside equal tokens: runs of their own
 EACH = {'seeds': int, 'prompts': str, 'budgets': str, 'runs': dict}  # what these are made of
-# of a run, in its folder: what of it check_kind is to find in each
+# the files of a run, and the mark by which check_kind knows each
 FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts": ',
          'settings.json': b'"gradient_accumulation_steps": '}
 # settings of probe.py that are not a comparison file's to set
@@ -170,7 +170,7 @@ def plan(c, folder, costs, quick=False):
     asked = {**c['probe'], **(QUICK_PROBE if quick else {})}
     for budget, seed, name in product([base, *c['budgets']], c['seeds'], c['runs']):
         if name == first and budget != base:
-            continue  # its run at equal tokens is the measure of each
+            continue  # the first run is the measure: at other budgets it is the same run
         settings, update = settings_of(c, name)
         ours, its = (costs.get(run, {}).get(budget) for run in (first, name))
         share = ours / its if ours and its else 1

@@ -185,7 +185,8 @@ def _help(sources, positional):
     lines = [f'usage: python {os.path.basename(script.__file__)} {bare} [--key=value ...]']
     lines += [*(script.__doc__ or '').splitlines()[:1], '']
     for source, keys in sources:
-        lines += [] if source is script else ['', f'settings of {source.__name__}']
+        if source is not script:
+            lines += ['', f'settings of {source.__name__}']
         lines += _listing(source, {key: f'--{key}={value!r}' for key, value in keys.items()})
     return '\n'.join(lines).replace('\n\n\n', '\n\n')
 
@@ -197,7 +198,8 @@ def _listing(source, flags):
     width, shown, above = max(map(len, flags.values()), default=0), [], []
     for line in lines:
         _, _, comment = line.rstrip().partition('  # ')
-        key = re.match(r' *(\w+)(: \w+)? = |', line)[1]
+        setting = re.match(r' *(\w+)(: \w+)? = ', line)
+        key = setting and setting[1]
         if key in flags:  # later assignments are the script's business
             shown += [*(above or []), f'  {flags.pop(key):<{width}}  {comment}'.rstrip()]
             above = None

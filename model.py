@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# On a CPU, torch's fused attention is used from so many keys on, on a GPU always: attend() has both
-# ways, and what is changed in one of them is to be changed in the other.
+# A CPU uses torch's fused attention from so many keys on, a GPU always. attend() has both ways: who
+# changes one changes the other.
 FUSED_FROM = 129
 
 def one_of(config, **choices):
@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         n, D = x.shape[-2:]
         if not self.rotary_base or n == 1:
             return x
-        places = 1 << (n - 1).bit_length()  # few different tables
+        places = 1 << (n - 1).bit_length()  # few different tables, as each is kept
         cos, sin = rotary(places, D, self.rotary_base, x.dtype, x.device)
         return torch.addcmul(x * cos[-n:], x.roll(D // 2, dims=-1), sin[-n:])
 
@@ -171,15 +171,14 @@ class CausalSelfAttention(nn.Module):
 def cached(make):
     """make, with its results kept by their arguments; torch.compile takes them for constants, as
     lib/device.py tells it."""
-    kept = lru_cache(torch.inference_mode(False)(make))  # which serves training, too
+    kept = lru_cache(torch.inference_mode(False)(make))  # so that training can use it
     return lambda *args: kept(*args)
 
 @cached
 def band(n, S, window, dtype, device):
     """0 where a query sees a key, else -inf: n queries, the last at the last of S keys, (n, S)."""
-    back = torch.arange(S - n, S)[:, None] - torch.arange(S)  # from the query to the key
-    unseen = (back < 0) | (back >= window)
-    return torch.zeros(n, S, dtype=dtype).masked_fill(unseen, -math.inf).to(device)
+    seen = torch.ones(n, S, dtype=torch.bool).tril(S - n).triu(S - n - window + 1)
+    return torch.zeros(n, S, dtype=dtype).masked_fill(~seen, -math.inf).to(device)
 
 @cached
 def rotary(places, D, base, dtype, device):
@@ -288,10 +287,8 @@ class GPT(nn.Module):
         """Token plus position embedding, from `place` on: idx (B, T) -> (B, T, C)."""
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
-            wpe, end = self.transformer.wpe.weight, place + idx.size(1)
-            if end > len(wpe):  # in each segment anew
-                wpe = wpe.repeat(-(-end // len(wpe)), 1)
-            x = x + wpe[place:end]
+            wpe, places = self.transformer.wpe, torch.arange(idx.size(1), device=idx.device)
+            x = x + wpe((place + places) % wpe.num_embeddings)  # in each segment anew
         return torch.dropout(x, self.config.dropout, self.training)
 
     def run_blocks(self, blocks, x, before=None, keep=0, caches=None):

@@ -9,13 +9,12 @@ import runpy
 import sys
 import sysconfig
 import tempfile
-import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
-from lib.console import require, say
+from lib.console import brief, require, say
 from lib.files import check_kind, fetch
 
 dataset = ''        # name: shakespeare, python, python_mixed (its files in random order, so that
@@ -59,7 +58,8 @@ class Tokenizer:
         if self._gpt2:
             return self._gpt2.encode_to_numpy(text, disallowed_special=()).astype('<u2')
         ids = self._ids[_codes(text)]
-        for i in np.flatnonzero(ids < 0)[:1]:
+        if (ids < 0).any():
+            i = int((ids < 0).argmax())
             raise SystemExit(f'error: character {text[i]!r} (U+{ord(text[i]):04X}) at position '
                              f'{start + i} is not in the vocabulary: leave it out, or prepare the '
                              'data with --tokenizer=gpt2')
@@ -87,7 +87,7 @@ def prepare(dataset, file='', tokenizer='char', data_dir='data'):
     folder = os.path.join(data_dir, dataset)
     meta = os.path.join(folder, 'meta.json')
     check_kind(meta, b'"tokenizer": ')
-    for part in ('train.bin', 'val.bin'):  # which are ours if meta.json is
+    for part in ('train.bin', 'val.bin'):  # a meta.json of ours says that they are ours
         require(os.path.exists(meta) or not os.path.exists(os.path.join(folder, part)), f'{folder} '
                 f'has a {part} without a meta.json of ours: rename it, or choose another name')
     encoder = Tokenizer({'kind': 'gpt2'}) if tokenizer == 'gpt2' else None  # before a download
@@ -135,7 +135,7 @@ def load_meta(folder):
                     f'{path} is damaged (not as meta.json has it): {again}')
     except Exception as error:  # from a missing file to a list in the place of a dict
         raise SystemExit(f'error: {path} is missing, damaged or of an older version '
-                         f'({_reason(error)}): {again}') from None
+                         f'({brief(error, 300)}): {again}') from None
     return meta
 
 def _char_spec(text):
@@ -160,12 +160,8 @@ def _load_gpt2():
         import tiktoken
         return tiktoken.get_encoding('gpt2')
     except Exception as error:  # from a missing package to a proxy's broken answer
-        raise SystemExit(f'error: gpt2 cannot be loaded ({_reason(error)}): install tiktoken and '
-                         'go online once, or set TIKTOKEN_CACHE_DIR to its folder') from None
-
-def _reason(error):
-    """One short line about an exception."""
-    return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder='...')
+        raise SystemExit(f'error: gpt2 cannot be loaded ({brief(error, 300)}): install tiktoken '
+                         'and go online once, or set TIKTOKEN_CACHE_DIR to its folder') from None
 
 def _check_request(dataset, file, tokenizer):
     """Refuse settings that cannot be meant."""
@@ -186,7 +182,7 @@ def read_text(file, mixed=False):
         raw = Path(file).read_bytes() if file else _python_text(mixed)
         return raw.decode('utf-8').removeprefix('\ufeff')
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or _reason(error)
+        reason = getattr(error, 'strerror', None) or brief(error, 300)
         raise SystemExit(f"error: cannot read {file or 'the library of Python'} ({reason}): give a "
                          'text in UTF-8 with --file=PATH') from None
 

@@ -67,7 +67,7 @@ def main(p):
     task, config = find_task(saved['task'], 'probe'), saved.get('config', {})
     needed = {'segment_size': 12, 'seed': 1337, **defaults_of(task)}
     missing = [key for key in needed if key not in config and saved['task'] != 'text']
-    require(not missing, f'{path} does not say its {missing[:1]}: probe runs of train.py')
+    require(not missing, f'{path} does not say its {", ".join(missing)}: probe runs of train.py')
     merge(config, Settings(needed))  # refuses values of other kinds
     require(not p.file or saved['task'] == 'text' or saved.get('tokenizer'), f'{path} knows no '
             f'text: file is for models of text, and for needles trained with --filler=text')

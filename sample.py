@@ -146,9 +146,6 @@ try:
     else:
         read_text(text)
     write_samples()
-except FloatingPointError as error:
-    raise SystemExit(f"error: {error}: the model's weights give no number there; a state saved "
-                     f'before is still good') from None
 except SystemExit as error:  # a prompt that cannot be read on: what came before is not lost
     kept = ''
     if s.save_state and state.read[0]:

@@ -97,7 +97,7 @@ compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'gr
                             # CUDA, a micro-step as one graph; 'auto', kernels of a long run there
 threads = 0                 # CPU threads of each process; 0: as many as there are idle cores
 
-# of a resumed run: what stays as it was beside the model, and what is of this call alone
+# of a resumed run: what stays as it was, beside the model's sizes; and what is of this call alone
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'eval_tokens',
          'segment_size', 'filler', 'symbols', 'key_length', 'names', 'cups', 'every', 'regular',
          'hops', 'line', 'lengths', 'vocabulary')
@@ -136,7 +136,7 @@ def check(s):
 def open_folder(s):
     """Keep the run's folder for this process. Raises SystemExit if it holds another run."""
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
-    if '.lock' in found:  # a run was begun here; who is at work is told
+    if '.lock' in found:  # if a process is at work here, the error names it
         own_folder(out_dir)
         found = {name for name in found - {'.lock', 'log.jsonl'} if not ckpt.is_temporary(name)}
     require(s.init_from == 'resume' or s.overwrite or not found,
@@ -177,8 +177,8 @@ def write_log(**record):
     from_writer(write)
 
 def keep_of_log(record):
-    """Whether a record of the log is from before the point where the run goes on; what is written
-    again goes, a finished run's last evaluation too."""
+    """Whether a record of the log stays when the run goes on: later updates go, and so does an
+    evaluation that is made again."""
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
     return record.get('iter', math.inf) + again <= run.done
 
@@ -236,12 +236,13 @@ def write_record():
     """record.json and loss.png of a run that has ended, from its log."""
     with open(log_path) as f:
         log = [json.loads(line) for line in f]
-    steps, scored = ([line for line in log if {*keys} <= line.keys()]
-                     for keys in (('loss', 'tokens', 'tokens_per_s'), ('val_loss', 'tokens')))
-    thinned = steps[::len(steps) // 200 + 1]
-    shown = {f'{name} loss': {'x': 'tokens', 'y': 'loss', 'points': [
-        {'x': line['tokens'], 'value': line[key]} for line in lines]} for name, key, lines in (
-            ('validation', 'val_loss', scored), ('training', 'loss', thinned))}
+    steps, scored = ([line for line in log if key in line] for key in ('loss', 'val_loss'))
+
+    def curve(lines, key):
+        return {'x': 'tokens', 'y': 'loss', 'points': [
+            {'x': line['tokens'], 'value': line[key]} for line in lines]}
+    shown = {'validation loss': curve(scored, 'val_loss'),
+             'training loss': curve(steps[::len(steps) // 200 + 1], 'loss')}
     speed = statistics.median([line['tokens_per_s'] for line in steps] or [math.nan])
     metrics = {'loss': metric(run.val['val_loss'], run.val['val_error']),
                'tokens': metric(run.tokens), 'parameters': metric(count_parameters(model)),
@@ -272,7 +273,7 @@ use_bfloat16 = machine.takes_bfloat16(s.dtype, device)
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16, use_bfloat16)
 steady = s.task == 'text' and not s.document  # else each update may have shapes of its own
 compile = machine.choose_compile(s.compile, device, s.max_iters if steady else 0)
-stop = WORLD > 1 and processes.Stop()  # all stop together, though one is told before they begin
+stop = processes.Stop() if WORLD > 1 else None  # one may be told before the others are ready
 shared = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
 require(all(other == shared for other in processes.from_all(shared)), 'the processes have '
         'different settings or checkpoints: give all the same command, every machine the same file')
@@ -289,7 +290,7 @@ require(not checkpoint or checkpoint.get('tokenizer') in (None, job.tokenizer),
 if s.init_from == 'resume':
     require(checkpoint['data'].get('sha256') == job.data.get('sha256'),
             f"'{corpus}' is not the text that the run in {out_dir} was trained on")
-    job.data.update(checkpoint['data'])  # of a text in place of another: of which
+    job.data.update(checkpoint['data'])  # which text it stands in for, too
 
 torch.manual_seed(s.seed)
 if s.init_from == 'scratch':
@@ -300,7 +301,8 @@ elif s.init_from == 'resume':
 else:
     others = [key for key in ('filler', 'symbols', 'names', 'cups') if key in s.as_dict()
               and checkpoint.get('config', {}).get(key, getattr(s, key)) != getattr(s, key)]
-    require(not others, f'the checkpoint was trained with another {others[:1]}: take the same')
+    require(not others, f'the checkpoint was trained with another {", ".join(others)}: take the '
+            'same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry',
            'window', 'dropout')
     sizes = {**{key: getattr(s, key) for key in own}, 'border': job.sizes.get('border', -1)}
@@ -341,8 +343,8 @@ if s.init_from == 'resume':
         vars(run).update(checkpoint['run'])
         run.interval_loss = run.interval_loss.to(device).reshape(())
         job.load_state(checkpoint['task_state'], device)
-        for state in checkpoint['rng'][RANK:RANK + 1]:  # none for a process too many
-            set_random_state(state, device)
+        if RANK < len(checkpoint['rng']):  # a further process has none
+            set_random_state(checkpoint['rng'][RANK], device)
     except Exception as error:  # whatever a file can hold in place of these
         raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
                          f'{ckpt.WAY_ON.format(last_path)}') from None

@@ -3,10 +3,8 @@
 # config/search_python.py found for the fold, the GPT of window 12 and the sliding window of 12.
 from config import compare_shakespeare as _file
 
-_rates = {'fold': 8e-3, 'GPT': 6e-3, 'sliding': 6e-3}  # by the first word of a name
-
 def _with_rate(name, run):
-    rate = _rates[name.replace(',', '').split()[0]]
+    rate = 8e-3 if name.startswith('fold') else 6e-3
     return {**run, 'dataset': 'python', 'learning_rate': rate, 'min_lr': rate / 50}
 
 seeds, tokens, budgets = _file.seeds, _file.tokens, _file.budgets

@@ -111,9 +111,9 @@ def load_weights(model, state_dict):
         weights.setdefault(head, weights[wte])
     for name in {wpe, wte, head} & weights.keys() & own.keys():
         weights[name] = weights[name][:len(own[name])]
-    for name in sorted(own.keys() ^ weights.keys()):
-        side = 'has no' if name in own else 'has a'
-        raise SystemExit(f'error: the checkpoint {side} {name}: take the model_type, layers, '
+    if odd := sorted(own.keys() ^ weights.keys()):
+        side = 'has no' if odd[0] in own else 'has a'
+        raise SystemExit(f'error: the checkpoint {side} {odd[0]}: take the model_type, layers, '
                          f'carry and position of its training, and its model.py')
     for name, value in weights.items():
         then, now = tuple(value.shape), tuple(own[name].shape)

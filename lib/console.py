@@ -3,11 +3,12 @@ import os
 import signal
 import sys
 import time
+from textwrap import shorten
 
 lost = []      # streams that could not take what was written
 REPEAT = 30.0  # seconds between lines of progress where no terminal shows them
 
-def say(text=''):
+def say(text):
     """Print a line at once. Nobody reads on (a closed pipe): this process is sent SIGTERM."""
     write(sys.stdout, f'{text}\n')
 
@@ -32,6 +33,10 @@ def require(fine, problem):
     """Raise SystemExit, with the problem in one line, unless it is fine."""
     if not fine:
         raise SystemExit(f'error: {problem}')
+
+def brief(error, width=80):
+    """The kind and the message of an exception, in one short line."""
+    return shorten(f'{type(error).__name__}: {error}', width, placeholder=' ...')
 
 def explain(error):
     """A line about an error of a file, of the memory, of other processes or of weights; None about

@@ -109,8 +109,8 @@ def flops_per_token(model, T):
     backward, as torch counts them; norms, softmax and embeddings are not counted."""
     def counted(some):
         idx = torch.zeros(1, T, dtype=torch.int64)
-        math = sdpa_kernel(SDPBackend.MATH)  # as a fused kernel would count nothing
-        with math, FlopCounterMode(display=False) as counter:
+        # a fused kernel would count nothing
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             some(idx, idx)[1].backward()
         some.zero_grad(set_to_none=True)
         return counter.get_total_flops() / T

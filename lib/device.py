@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lib.console import count, require, say, write
+from lib.console import brief, count, require, say, write
 from lib.contract import unit
 from model import Block, band, rotary
 
@@ -51,12 +51,14 @@ def usable_cores():
 
 def idle_cores(load='/proc/loadavg'):
     """CPU cores of the machine on which nothing runs just now; all where it is not said."""
-    running = []
-    for _ in range(9 * os.path.exists(load)):
-        with open(load) as f:
-            running.append(int(f.read().split()[3].split('/')[0]) - 1)  # but for this process
+    cores, running = os.cpu_count() or 1, []
+    if not os.path.exists(load):
+        return cores
+    for _ in range(9):
+        busy = int(Path(load).read_text().split()[3].split('/')[0])
+        running.append(busy - 1)  # without this process
         time.sleep(0.01)
-    return (os.cpu_count() or 1) - statistics.median(running or [0])
+    return cores - statistics.median(running)
 
 def set_threads(threads):
     """Take so many CPU threads; 0 takes what torch would, but no more than there are idle cores:
@@ -158,9 +160,8 @@ def compile_blocks(model, compile, device, B=2):
             model(idx, idx)[1].backward()
         return compile
     except Exception as error:  # a compiler can fail in any way
-        reason = ' '.join(str(error).split())[:80]
-        print(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on '
-              f'without it', file=sys.stderr)
+        print(f'torch.compile does not work here ({brief(error)}); going on without it',
+              file=sys.stderr)
         torch.compiler.set_stance('force_eager')
         return 'off'
     finally:

@@ -15,7 +15,7 @@ column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMA
 {FILE.json:PATH}: keys joined by /, a part of a record by its name, a point of a curve by its x.
 Where a field is missing, what follows || is taken, or nothing. Of FILE.json? all may be missing.
 `lines`: any text with fields.
-`picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log = no, log_y = yes.
+`picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log_y = yes.
 """
 import lib.start  # noqa: F401 (before torch)
 import os
@@ -37,7 +37,7 @@ def find(value, path):
     """What lies at a path in a record; of a metric or a point, its value; None if nothing does."""
     for key in filter(None, path.split('/')):
         if isinstance(value, list):
-            value = {part['settings'].get('name'): part for part in value[::-1]}
+            value = {part['settings'].get('name'): part for part in reversed(value)}  # the first
         elif isinstance(value, dict) and 'points' in value:
             value = {str(point['x']): point for point in value['points']}
         value = value.get(key) if isinstance(value, dict) else None
@@ -85,7 +85,7 @@ def markdown(titles, rows):
 
 def table(names, given):
     """A table in Markdown. Raises SystemExit if one of its columns stays empty."""
-    left, right = given.pop('where', '==').split('==')
+    left, right = given.pop('where', '==').split('==')  # without: '' == ''
     group, each, columns, groups = given.pop('group', ''), given.pop('rows', ''), {}, {}
     for title, template in given.items():
         for x in title[2:].split() if title.startswith('@ ') else [title]:
@@ -112,7 +112,7 @@ def make(page, pictures, match):
     path = RESULTS / head.strip()
     shown = {fill(given['label'].replace('@', name), record): record['curves'][name]
              for record in records(given['records']) for name in given['curve'].split('; ')}
-    pictures[path] = given['title'], shown, 'log' not in given, 'log_y' in given
+    pictures[path] = given['title'], shown, True, given.get('log_y') == 'yes'
     path = Path(os.path.relpath(path, page.parent)).as_posix()
     return f'{marker}![{given["title"]}]({path})\n{end}'
 

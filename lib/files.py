@@ -4,9 +4,8 @@ import hashlib
 import os
 import re
 import time
-from textwrap import shorten
 
-from lib.console import Progress, require
+from lib.console import Progress, brief, require
 
 try:
     import fcntl
@@ -92,14 +91,16 @@ def fetch(url, path, least, sha256=''):
     """Fetch a file of `least` bytes or more, unless it is there. What came of one that is cut off
     is kept beside it, and another call goes on from there. Raises SystemExit if it cannot be had,
     OSError if there is no place for it."""
-    reason, folder = '', os.path.dirname(path)
+    folder = os.path.dirname(path)
     if os.path.isfile(path):
         return
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, '.lock'), 'a') as lock:
         if fcntl:  # another process may be at it: wait for it
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for pause in () if os.path.isfile(path) else PAUSES:
+        if os.path.isfile(path):  # another process has fetched it
+            return
+        for pause in PAUSES:
             time.sleep(pause)
             try:
                 with open(f'{path}.part', 'ab') as part:
@@ -107,10 +108,9 @@ def fetch(url, path, least, sha256=''):
                 os.replace(part.name, path)
                 return
             except Exception as error:  # from a missing package to a proxy's broken answer
-                reason = shorten(f'{type(error).__name__}: {error}', 80, placeholder=' ...')
-    if reason:
-        raise SystemExit(f'error: cannot fetch {url} ({reason}): try again online, or put that '
-                         f'file, fetched elsewhere, at {path}')
+                reason = brief(error)
+    raise SystemExit(f'error: cannot fetch {url} ({reason}): try again online, or put that file, '
+                     f'fetched elsewhere, at {path}')
 
 def receive(url, part, least, sha256):
     """One try to append what is missing. Raises errors of many kinds."""

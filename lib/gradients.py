@@ -24,8 +24,7 @@ def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, 
     """
     T, total = x.size(1), 0.0
     step = recomputed if recompute else step or piece
-    for t in range(0, T, chunk or T):
-        part = [tokens[:, t:t + (chunk or T)] for tokens in (x, y)]
+    for part in zip(*(tokens.split(chunk or T, dim=1) for tokens in (x, y))):
         loss, carry, _ = step(model, *part, carry, share * part[0].size(1) / T, device, autocast)
         total += loss
     return total, carry

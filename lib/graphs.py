@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import torch
 
+from lib.console import brief
 from lib.gradients import piece, random_state, set_random_state, to_device
 from lib.rows import rowwise
 
@@ -100,10 +101,8 @@ class Graphs:
         except Exception as error:  # a compiler and a driver can fail in any way
             self.works = False
             self.graphs.clear()  # their memory is of use again
-            cause = error.__context__ or error  # capturing ends with an error of its own
-            kind, reason = type(cause).__name__, ' '.join(str(cause).split())[:80]
-            del cause  # its traceback would keep all memory of the trial
-            print(f"compile='graph' does not work here ({kind}: {reason}); going on without it",
+            why = brief(error.__context__ or error)  # capturing ends with an error of its own
+            print(f"compile='graph' does not work here ({why}); going on without it",
                   file=sys.stderr)
         finally:
             torch._foreach_copy_(self.grads, before)

@@ -48,7 +48,7 @@ class MemoryTask:
 
     def start(self, model, device, autocast):
         self.model, self.device, self.autocast = model, device, autocast
-        self.carries, l = carries(model), getattr(self.s, self.SEGMENT, 0)
+        self.carries, l = carries(model), getattr(self.s, self.SEGMENT)
         require(l % unit(model) == 0, f'{self.SEGMENT}={l} must be a multiple of the model\'s '
                 f'recurrence step of {unit(model)} tokens')
 

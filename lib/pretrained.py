@@ -23,11 +23,11 @@ PUBLISHED = {  # name: revision; bytes, of the larger ones at least; n_layer, n_
     'gpt2-xl': ('15ea56dee5df4983c59b2538573817e1667135e2', 6_230_444_800, 48, 25, 1600)}
 SHA256 = {'gpt2': '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'}
 SIZES = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)  # if not said
-FITS = {  # what config.json may say of a model that a GPT of ours can be; first, if it says nothing
+FITS = {  # values of config.json that a GPT here can have; the first if a key is missing
     'model_type': ('gpt2',), 'activation_function': ('gelu_new', 'gelu_pytorch_tanh', 'gelu'),
     'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,), 'tie_word_embeddings': (True,),
     'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
-FILES = 'model.safetensors', 'model.safetensors.index.json', 'config.json'  # first come
+FILES = 'model.safetensors', 'model.safetensors.index.json', 'config.json'  # in this order
 WTE, WPE, HEAD = 'transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight'
 
 def fetch_published(name):

@@ -72,16 +72,16 @@ def from_writer(make, each_machine=False):
     """What make() returns in the one process that writes, or in the first of each machine; all get
     it, and wait for it. If it raises SystemExit or OSError there, the others end as well, without a
     word."""
-    box, error = None, None
+    value, error = None, None
     if (LOCAL_RANK if each_machine else RANK) == 0:
         try:
-            box = [make()]
+            value = make()
         except (SystemExit, OSError) as refused:
-            box, error = [], refused
-    boxes = from_all(box)
-    if [] in boxes:
+            error = refused
+    values, failed = zip(*from_all((value, error is not None)))
+    if any(failed):
         raise error or SystemExit(1)
-    return boxes[RANK - LOCAL_RANK if each_machine else 0][0]
+    return values[RANK - LOCAL_RANK if each_machine else 0]
 
 def from_all(value):
     """The values of all processes, in their order."""
@@ -97,7 +97,7 @@ class Stop:
     def __init__(self):
         self.signal, self.waiting = 0, False
         known = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
-        self.numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's
+        self.numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # by nohup
         for number in self.numbers:
             signal.signal(number, self.note)
 
@@ -105,7 +105,7 @@ class Stop:
         self.signal = number
         if WORLD == 1:
             self.done()
-        if self.waiting:  # for input that may never come
+        if self.waiting:  # reading input that may never come
             raise KeyboardInterrupt
 
     def done(self):

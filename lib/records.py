@@ -37,7 +37,7 @@ def git(words):
 
 def provenance(device='cpu'):
     """Where a result comes from."""
-    gpu, found = str(device).startswith('cuda'), re.search('model name.*: (.*)', cpu_info())
+    gpu, found = device.startswith('cuda'), re.search('model name.*: (.*)', cpu_info())
     cpu = found[1].strip() if found else platform.processor() or platform.machine()
     hardware = f"{cpu}, {count(os.cpu_count() or 1, 'core')}"
     hardware = torch.cuda.get_device_name() if gpu else hardware
@@ -53,13 +53,12 @@ def metric(value, error=None, n=None, **more):
     """A measured figure, its standard error, how many were measured; more: low, high, sd."""
     return {'value': value, 'error': error, 'n': n, **more}
 
-def make_record(what, settings, seeds, metrics, curves=None, notes=(), parts=None, device='cpu'):
-    """A record. metrics: {name: metric(...)}; parts: the records that a comparison is made of;
-    curves: {name: {'x': axis title, 'y': axis title, 'points': [{'x', 'value', ...}]}}."""
+def make_record(what, settings, seeds, metrics, curves=None, notes=(), device='cpu'):
+    """A record. metrics: {name: metric(...)}; curves: {name: {'x': axis title, 'y': axis title,
+    'points': [{'x', 'value', ...}]}}."""
     settings = {key: portable(value) for key, value in settings.items()}
-    record = {'what': what, **provenance(device), 'seeds': list(seeds), 'settings': settings,
-              'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
-    return record if parts is None else {**record, 'parts': list(parts)}
+    return {'what': what, **provenance(device), 'seeds': list(seeds), 'settings': settings,
+            'metrics': metrics, 'curves': curves or {}, 'notes': list(notes)}
 
 def save_record(path, record):
     """Write a record atomically; NaN becomes null. Raises SystemExit if that cannot be done."""

@@ -35,7 +35,8 @@ def make(c, runs, s):
     parts = []
     for run in runs:
         try:
-            parts += [part(run)] if run.complete() else []
+            if run.complete():
+                parts.append(part(run))
         except SystemExit as damaged:
             run.error = str(damaged)
     require(parts, 'no run is complete: nothing to report')
@@ -43,8 +44,9 @@ def make(c, runs, s):
     settings.update(comparison=s.comparison, jobs=s.jobs, threads=s.threads)
     notes = [f'{run.name}, equal {run.budget}, seed {run.seed}: {run.error or "not run to its end"}'
              for run in runs if not run.complete()]
-    return make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
-                       parts=parts, device=pick_device(s.device))
+    record = make_record('comparison', settings, c['seeds'], differences(parts), notes=notes,
+                         device=pick_device(s.device))
+    return {**record, 'parts': parts}
 
 def part(run):
     """The record of a run, from those that its folder holds."""
@@ -157,7 +159,7 @@ def write(record, folder):
                      for label, run in rows_of(parts).items() if run['notes']]
     text = '\n\n'.join(sections) + '\n'
     write_file(os.path.join(folder, 'report.md'), lambda f: f.write(text.encode(errors='replace')))
-    base = next(iter(by_budget(parts))).split(',')[0]  # of other budgets, curves are of other x
+    base = next(iter(by_budget(parts))).split(',')[0]  # other budgets have points at other x
     equal = [part for part in parts if part['settings']['budget'].startswith(base)]
     for file, name in (('loss', 'validation loss'), ('context', 'context curve'),
                        ('recall', 'recall')):

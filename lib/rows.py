@@ -40,7 +40,7 @@ class Rows(SimpleNamespace):
     def put(self, rows, other):
         """Replace some rows, as in pick(), by those of `other`; what `other` has not got stays."""
         def replace(mine, new):
-            with torch.inference_mode(mine.is_inference()):  # as a state is that has been read into
+            with torch.inference_mode(mine.is_inference()):  # a state that was read into is
                 mine[index(rows, mine)] = new.to(mine.dtype)
         for name, value in vars(other).items():
             if value is not None:

@@ -1,11 +1,11 @@
-"""Imported by every script before torch: how threads wait, and how what ends it is told."""
+"""Imported by every script before torch: how threads wait, how an error that ends it is shown."""
 import os
 import sys
 
 from lib.console import explain
 
-# How long OpenMP's threads wait busily: for ever, they collapse beside other work; not at all, two
-# are slower than one (docs/log.md, 2026-11-28).
+# OpenMP's threads spin so long before they sleep: without a limit they collapse beside other work,
+# without spinning two are slower than one (docs/log.md, 2026-11-28).
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 

@@ -12,7 +12,7 @@ State: n_layer * segment_size * n_embd numbers, of 4 * 12 * 128 24,576 bytes. Pa
 """
 from dataclasses import dataclass
 
-from model import Block
+from model import GlobalBlock
 from models.peer import Peer, SegmentConfig
 
 @dataclass
@@ -20,8 +20,8 @@ class TransformerXLConfig(SegmentConfig):
     """Sizes of a Transformer-XL. Raises ValueError."""
     stop: bool = True  # no gradient flows into the memory, SG, as published
 
-class XLBlock(Block):
-    """A layer that also sees the segment before."""
+class XLBlock(GlobalBlock):
+    """A layer that also sees the segment before: a fold's, whose past half is frozen."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -29,11 +29,9 @@ class XLBlock(Block):
 
     def forward(self, x, memory=None):
         """x, memory (B, l, C): h_s^{n-1}, h_{s-1}^{n-1} -> h_s^n, and x as the next memory."""
-        if memory is None:
-            return super().forward(x)[0], x
-        memory = memory.detach() if self.stop else memory  # SG of (a)
-        before = self.attn.keys_and_values(self.ln_1(memory))  # (b)
-        return super().forward(x, before)[0], x  # (b), (c)
+        if memory is not None and self.stop:
+            memory = memory.detach()  # SG of (a)
+        return super().forward(memory, x, frozen=True)[1], x  # (b), (c)
 
 class TransformerXL(Peer):
     """The carry is a segment a layer: n_layer times (B, l, C)."""

@@ -91,6 +91,7 @@ class Sequences(RandomSequences):
         if self.s.hops == 2:  # where the person is that has it
             holders = objects[:, len(PEOPLE):]
             places = places.gather(1, holders.clamp(min=0)).where(holders >= 0, holders)
+        # one of those that are known; any if none is
         which = torch.multinomial((places >= 0) + 1e-9, 1, generator=self.generator)
         place, which = places.gather(1, which)[:, 0], which[:, 0]
         answers = self.answers[which, place].masked_fill(place < 0, -1)

@@ -74,8 +74,8 @@ class Task:
         require(s.set_aside < 1, f'set_aside={s.set_aside} must be a share below 1')
         B, T, span = s.batch_size, s.block_size, s.stretch or s.block_size
         require(s.eval_tokens != 1, 'eval_tokens=1 leaves no token to predict: take 2 or more')
-        require(s.stretch % T == B * T % span == 0, f'stretch={s.stretch} must be a multiple of '
-                f'block_size={T} and divide batch_size * block_size = {B * T}')
+        require(s.stretch % T == 0 and B * T % span == 0, f'stretch={s.stretch} must be a multiple '
+                f'of block_size={T} and divide batch_size * block_size = {B * T}')
         require(not (s.stretch and s.stream), 'stream=True reads in order: set stretch=0')
         require(B * T // span % WORLD == 0, f'{WORLD} processes cannot share batch_size={B} '
                 f'sequences equally, in stretches of {span} tokens')

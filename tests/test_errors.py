@@ -193,7 +193,7 @@ def test_a_run_of_another_kind_and_other_symbols_are_refused(train, trained, tmp
     check(train('gpt', init_from='resume'), "holds a run of model_type 'fold', not 'gpt'")
     check(train(init_from='resume', **needle), "holds a run of task 'text', not 'needle'")
     check(train(init_from=trained('needle', **needle), out_dir=tmp_path / 'b',
-                **{**needle, 'symbols': 2}), "the checkpoint was trained with another ['symbols']")
+                **{**needle, 'symbols': 2}), "the checkpoint was trained with another symbols")
 
 BENCH = '--sizes=1+1x16x2', '--window=24', '--block_sizes=24'
 COMPARISON = """tokens, seeds, prompts = 24, [1], ['a']

@@ -126,7 +126,8 @@ def answers(lines):
     found = []
     for line in lines:
         with suppress(ValueError):
-            found += [json.loads(line[2:])] if line.startswith('@@') else []
+            if line.startswith('@@'):
+                found.append(json.loads(line[2:]))
     return found
 
 def judge(name, words, wanted, until):
@@ -138,7 +139,8 @@ def judge(name, words, wanted, until):
     without = [line for line in lines if 'does not work here' in line]
     good = code == wanted.startswith('error: ') and any(wanted in line for line in lines)
     why = 'out of time' if code is None else f'exit code {code}: {lines[-1]}'
-    why = without[0] if without else '' if good else why
+    if without or good:
+        why = ''.join(without[:1])
     result = 'ok' if not why else 'not measured' if code is None and most < 170 else 'FAILED'
     note(name, result, why[:200], round(time.monotonic() - begun, 1))
     return not why
@@ -208,7 +210,8 @@ def speed(work, until):
         found = {key: answers(lines_of(work, *key)) for key in sides}
         for key, rows in found.items():
             for row in rows[heard.get(key, 0):]:
-                keep_speed(*key, row, flops) if 'rate' in row else None
+                if 'rate' in row:
+                    keep_speed(*key, row, flops)
             heard[key] = len(rows)
         waited = [heard[key] for key in running if heard[key] or left(until) > half]
         for gate in gates[:min(waited, default=0)]:
