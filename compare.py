@@ -25,6 +25,7 @@ import probe
 from configurator import at_least, configure, defaults_of, hint, is_helper, numbers, run_file
 from lib import report
 from lib.console import Progress, count, require, say
+from lib.contract import find_model
 from lib.device import choose_compile, pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
 from lib.processes import Stop
@@ -52,6 +53,9 @@ FILES = {'record.json': RECORD, 'probe.json': RECORD, 'samples.json': b'"prompts
          'settings.json': b'"gradient_accumulation_steps": '}
 # settings of probe.py that are not a comparison file's to set
 OURS = {'out_dir', 'init_from', 'record', 'data_dir', 'seed', 'device', 'threads', 'file'}
+# settings of train.py that are not a run's to set
+PLANNED = {'seed', 'max_iters', 'eval_interval', 'checkpoint_interval', 'out_dir', 'overwrite',
+           'data_dir', 'device', 'threads'}
 UPDATE = 'batch_size', 'block_size', 'gradient_accumulation_steps'  # their product is its tokens
 QUICK = {'log_interval': 1, 'warmup_iters': 1}  # with 4 updates
 CALIBRATION = 40_000, 3  # tokens and rounds of the runs that tell what a token costs
@@ -130,21 +134,33 @@ def read_comparison(name):
             require(type(one) is EACH[key],
                     f'{name}: each of {key} must be of type {EACH[key].__name__}, not {one!r}')
     c = {**KEYS, **given}
-    require(c['runs'] and c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
-            f'{name}: runs must name at least one run, and seeds be different numbers')
+    require(c['runs'], f'{name}: runs must name at least one run')
+    require(c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
+            f'{name}: seeds must be different numbers, at least one, not {c["seeds"]}')
     require((c['tokens'] > 0) != (c['updates'] > 0),
             f'{name}: tokens or updates must be above 0, and the other 0')
-    require({*c['budgets']} <= {*BUDGETS} and len({*c['budgets']}) == len(c['budgets'])
-            and (c['tokens'] or not c['budgets']),
-            f'{name}: budgets must be some of {BUDGETS}, beside tokens')
+    require({*c['budgets']} <= {*BUDGETS} and len({*c['budgets']}) == len(c['budgets']),
+            f'{name}: budgets must be some of {BUDGETS}, each once, not {c["budgets"]}')
+    require(c['tokens'] or not c['budgets'], f'{name}: budgets take tokens in place of updates')
     known = defaults_of(probe).keys() - OURS
     for key in c['probe']:
         require(key in known, f'{name}: unknown key of probe {key!r}: {hint(key, known)}')
     for run in c['runs']:
-        settings_of(c, run)
+        settings, _ = settings_of(c, run)
+        known = keys_of(settings) - PLANNED
+        for key in settings:
+            require(key not in PLANNED, f'{name}: {key} of run {run!r} is set by compare.py')
+            require(key in known, f'{name}: unknown key {key!r} of run {run!r}: {hint(key, known)}')
     require(len({folder_of('', run) for run in c['runs']}) == len(c['runs']),
             'two runs have names that differ in no letter or digit: rename one')
     return c
+
+def keys_of(settings):
+    """Keys that a run may have: of train.py, which is not run for that, its task and its model."""
+    script = Path(__file__).with_name('train.py').read_text(encoding='utf-8')
+    sources = (find_task(settings.get('task', 'text')),
+               find_model(settings.get('model_type', 'fold'))[0])
+    return {*re.findall(r'^(\w+) = \S+ +# ', script, re.M)}.union(*map(defaults_of, sources))
 
 def settings_of(c, name):
     """The settings of a run but its length, and the tokens of its update. SystemExit if none are

@@ -53,9 +53,11 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         one_of(self, position=('learned', 'rotary', 'none'), gelu=('none', 'tanh'))
-        if self.position == 'rotary' and (self.n_embd // self.n_head % 2 or self.rotary_base <= 1):
-            raise ValueError("position='rotary' takes heads of an even size, n_embd / n_head, and "
-                             'a rotary_base above 1')
+        if self.position == 'rotary' and self.n_embd // self.n_head % 2:
+            raise ValueError(f"position='rotary' takes heads of an even size, n_embd / n_head, not "
+                             f'{self.n_embd // self.n_head}')
+        if self.position == 'rotary' and self.rotary_base <= 1:
+            raise ValueError(f'rotary_base must be above 1, not {self.rotary_base}')
         for key in ('window', 'segment_size'):  # the latter where a class below has it
             size = getattr(self, key, 0)
             if size and self.block_size % size:
@@ -81,7 +83,8 @@ class FoldConfig(GPTConfig):
         if self.window:
             raise ValueError("window is a GPT's: a fold takes window=0, and a segment_size")
         if self.carry == 'gated' and not self.recurrent:
-            raise ValueError(f"carry='gated' has no carry to mix with past={self.past!r}")
+            raise ValueError(f"carry='gated' has no carry to mix with past={self.past!r}: take "
+                             "carry='plain'")
 
     @property
     def recurrent(self):
@@ -141,11 +144,12 @@ class CausalSelfAttention(nn.Module):
 
     def slide(self, q, k, v):
         """attend() of more than l = `window` queries (B, H, T, C/H), block by block of l, each in a
-        window of two blocks. k, v (B, H, T, C/H), or (B, H, l + T, C/H) with a block before."""
-        T, l = q.size(2), self.window
-        if k.size(2) == T:  # nothing is before: the first block is alone
-            first = self.attend(*(self.turn(x[:, :, :l]) for x in (q, k)), v[:, :, :l])
-            return torch.cat((first, self.slide(q[:, :, l:], k, v)), dim=2)
+        window of two blocks. k, v (B, H, P + T, C/H), with P places before, mostly 0 or l."""
+        T, l, P = q.size(2), self.window, k.size(2) - q.size(2)
+        if P != l:  # the first block does not stand as the others do
+            first = self.attend(self.turn(q[:, :, :l]), self.turn(k[:, :, :P + l]), v[:, :, :P + l])
+            rest = self.slide(q[:, :, l:], k[:, :, P:], v[:, :, P:])
+            return torch.cat((first, rest), dim=2)
         q, k, v = (F.pad(x, (0, 0, 0, -T % l)) for x in (q, k, v))
         q = q.unflatten(2, (-1, l)).flatten(0, 1)  # (B*H, N_s, l, C/H)
         k, v = (x[:, :, 1:].unfold(2, 2 * l - 1, l).mT.flatten(0, 1) for x in (k, v))
@@ -344,7 +348,7 @@ class FoldGPT(GPT):
         x, blocks = self.embed(idx), list(self.transformer.h)[:self.config.n_local]
         (B, T, C), l = x.shape, self.config.segment_size
         if self.slides:
-            return self.run_blocks(blocks, x, kept, keep=(T - 1) % l + 1)
+            return self.run_blocks(blocks, x, kept, keep=l)
         segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
         x, _ = self.run_blocks(blocks, segments)  # eq. 16
         return x.view(B, -1, C)[:, :T], None

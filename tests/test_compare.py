@@ -158,12 +158,14 @@ def test_results_are_written_if_asked(again, run, tmp_path):
     assert 'the runs are fold; GPT, window' in again({}, '--only=fold; GPT')[1]
 
 @pytest.mark.parametrize('old, new, words', [
-    ('[1, 2]', '[1, 1]', 'seeds be different numbers'),
+    ('[1, 2]', '[1, 1]', 'seeds must be different numbers'),
+    ("'fold': {}", "'fold': {'windw': 3}", "key 'windw' of run 'fold': did you mean window?"),
+    ("'fold': {}", "'fold': {'seed': 3}", "seed of run 'fold' is set by compare.py"),
     ("'fold': {}", "'fold': 3", 'each of runs must be of type dict, not 3'),
     ('384, []', '385, []', 'divides tokens=385, not [2, 24, 1]'),
     ('384, []', "'all', []", "tokens must be of type int, not 'all'"),
     ('384, []', '0, []', 'tokens or updates must be above 0'),
-    ('384, []', "0, ['flops']\nupdates = 4", 'beside tokens'),
+    ('384, []', "0, ['flops']\nupdates = 4", 'take tokens in place'),
     ('384, []', "384, ['flops', 'flops']", 'budgets must be some of'),
     ("'targets'", "'target'", "probe 'target': did you mean targets?"),
     ("'targets'", "'seed'", "unknown key of probe 'seed'"),

@@ -165,6 +165,13 @@ def test_sizes_that_no_model_can_have(kind, sizes, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):
         make_model(kind, {**SIZES, **sizes})
 
+@pytest.mark.parametrize('before', [1, l - 1, l, l + 1, 2 * l])
+def test_a_sliding_layer_goes_on_after_any_number_of_places(before):
+    attention = make('gpt', window=l, position='rotary').transformer.h[0].attn
+    x = torch.randn(2, before + 3 * l + 1, C, dtype=torch.float64)
+    found, _ = attention(x[:, before:], attention.keys_and_values(x[:, :before]))
+    assert_equal(found, attention(x)[0][:, before:])
+
 def test_calls_that_no_model_can_answer():
     """Nor with the carry of a segment that is not whole."""
     sliding, window = make(local='sliding'), make('gpt', window=l)
