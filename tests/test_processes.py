@@ -39,7 +39,8 @@ def assert_close_runs(one, two, updates):
 
 def test_two_machines_learn_from_their_own_copies_of_the_data(train, data_dir, tmp_path):
     """Two agents of torchrun that meet on the loopback interface; one of them writes."""
-    settings = dict(dropout=0.0, max_iters=6, threads=1, carry='gated', recompute=True)
+    settings = dict(dropout=0.0, max_iters=6, threads=1, carry='gated', recompute=True,
+                    position='rotary', past='frozen')
     train(out_dir=tmp_path / 'one', **settings)
     shutil.copytree(data_dir, tmp_path / 'copy')
     with socket.socket() as free:
@@ -67,7 +68,8 @@ def test_machines_with_other_data_or_settings_end_in_a_line(data_dir, tmp_path):
 def test_streams_of_two_processes_that_nobody_reads_go_on_in_one(train, data_dir, tmp_path):
     """Both stop, though the pipe was closed before they began."""
     settings = dict(stream=True, block_size=80, bptt_segments=3, gradient_accumulation_steps=2,
-                    dropout=0.0, max_iters=9, threads=1, decay_from=1.0)
+                    dropout=0.0, max_iters=9, threads=1, decay_from=1.0, position='rotary',
+                    local='sliding')
     train(out_dir=tmp_path / 'one', **settings)
     first, second = start(flags(tmp_path / 'two', data_dir, **settings))
     first.stdout = first.stdout.close()

@@ -67,7 +67,7 @@ def test_in_any_pieces_it_is_the_teacher_forced_forward_pass(name, cached, monke
         assert state.read.tolist() == [T] * 2
         assert_equal(read(model, idx[:, :0], state)[0], logits[:, -1])  # asked again
 
-@pytest.mark.parametrize('name', SOME)
+@pytest.mark.parametrize('name', ALL)
 def test_saved_and_loaded_it_goes_on_alike_and_keeps_its_size(name, tmp_path):
     model, idx, other = make_case(name), tokens(2, 5 * l + 3), torch.Generator()
     state, sizes, generator = new_state(model, 2), set(), torch.Generator().manual_seed(3)
