@@ -15,13 +15,15 @@ column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMA
 {FILE.json:PATH}: keys joined by /, a part of a record by its name, a point of a curve by its x.
 Where a field is missing, what follows || is taken, or nothing. Of FILE.json? all may be missing.
 `lines`: any text with fields.
-`picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log_y = yes.
+`picture FILE.png`: title, records, curve (a; b), label (@ is the curve),
+log_y = yes. Curves of one label are shown as their mean.
 """
 import lib.start  # noqa: F401 (before torch)
 import os
 import re
 import statistics
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from lib.console import require, say
@@ -109,9 +111,11 @@ def make(page, pictures, match):
     given = dict(re.split(r'\s+=\s+', line.strip(), maxsplit=1) for line in body.splitlines())
     if kind == 'table':
         return f'{marker}{table(head.strip(), given)}\n{end}'
-    path = RESULTS / head.strip()
-    shown = {fill(given['label'].replace('@', name), record): record['curves'][name]
-             for record in records(given['records']) for name in given['curve'].split('; ')}
+    path, groups = RESULTS / head.strip(), {}
+    for record, name in product(records(given['records']), given['curve'].split('; ')):
+        label = fill(given['label'].replace('@', name), record)
+        groups.setdefault((label, name), []).append(record)
+    shown = {label: merged(group)['curves'][name] for (label, name), group in groups.items()}
     pictures[path] = given['title'], shown, True, given.get('log_y') == 'yes'
     path = Path(os.path.relpath(path, page.parent)).as_posix()
     return f'{marker}![{given["title"]}]({path})\n{end}'
