@@ -68,11 +68,13 @@ def part(run):
                        if name != 'training loss'}}  # which is long, and in the run's own record
 
 def differences(parts):
-    """Metrics: the loss of the first run minus that of each other at each budget, with its standard
-    error over the seeds, and whether the first is ahead, behind or, within three of these errors or
+    """Metrics: at each budget the loss of each run, the mean over the seeds with its standard
+    deviation, sd; and the loss of the first run minus that of each other, with its standard error
+    over the seeds, and whether the first is ahead, behind or, within three of these errors or
     without one, open."""
     found = {}
     for budget, rows in by_budget(parts).items():
+        found |= {f'{name}, equal {budget}': run['metrics']['loss'] for name, run in rows.items()}
         (first, one), *others = rows.items()
         a = one['metrics']['loss']
         for name, other in others:
