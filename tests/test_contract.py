@@ -152,7 +152,8 @@ def test_a_model_with_nothing_but_forward_does_all_that_others_do(
     model, tokenizer = load_model(saved).eval(), Tokenizer(saved['tokenizer'])
     assert kind not in TOYS or model.config.width == 7
 
-    scored = [json.loads(line) for line in open(folder / 'log.jsonl') if 'val_loss' in line]
+    scored = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()
+              if 'val_loss' in line]
     val = torch.from_numpy(np.fromfile(data_dir / 'tiny' / 'val.bin', np.uint16).astype(np.int64))
     loss = token_losses(model, val).mean().item()
     assert scored[0]['val_loss'] > loss == pytest.approx(scored[-1]['val_loss'], abs=1e-6)

@@ -68,7 +68,8 @@ def test_training_on_documents(run, train, tmp_path):
     own = dict(data_dir=tmp_path, dataset='docs', document='|')
     done = train(**own)
     assert done.code == 0, done.err
-    lines = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
+    log = (tmp_path / 'out' / 'log.jsonl').read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
     assert lines[-1]['val_loss'] < lines[1]['loss']
     model = done.globals['model']
     job = done.globals['job']

@@ -123,7 +123,7 @@ def test_training_truncated_and_recomputed(train, tmp_path, monkeypatch):
     for i, settings in enumerate((dict(bptt_segments=2, recompute=True), {})):
         run = train(out_dir=tmp_path / str(i), dropout=0.0, max_iters=5, **settings)
         assert run.code == 0, run.err
-        lines = map(json.loads, open(tmp_path / str(i) / 'log.jsonl'))
+        lines = map(json.loads, (tmp_path / str(i) / 'log.jsonl').read_text().splitlines())
         losses.append([line['loss'] for line in lines if 'loss' in line])
     cut, whole = losses
     assert cut[0] == pytest.approx(whole[0], abs=1e-6) and cut[-1] != whole[-1]
