@@ -15,8 +15,8 @@ column; one with @ stands for several. A template has fields {PATH}, {PATH|FORMA
 {FILE.json:PATH}: keys joined by /, a part of a record by its name, a point of a curve by its x.
 Where a field is missing, what follows || is taken, or nothing. Of FILE.json? all may be missing.
 `lines`: any text with fields.
-`picture FILE.png`: title, records, curve (a; b), label (@ is the curve),
-log_y = yes. Curves of one label are shown as their mean.
+`picture FILE.png`: title, records, curve (a; b), label (@ is the curve), log_y = yes. Curves of one
+label are shown as their mean.
 """
 import lib.start  # noqa: F401 (before torch)
 import os

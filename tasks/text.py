@@ -115,8 +115,8 @@ class Task:
         window = 2 * unit(model) if carries(model) else model.config.block_size
         require(len(self.val_data) > window, f'{len(self.val_data)} tokens to score are no more '
                 f'than a window of {window}: take a longer text, or more eval_tokens')
-        require(border(model) == self.border, 'the model has another '
-                'border of documents, or none: --document names it')
+        require(border(model) == self.border, 'the model has another border of documents, or none: '
+                '--document names it')
         self.model, self.val_data = model, self.val_data.to(device)
         self.kwargs = dict(chunk=self.s.bptt_segments * unit(model), device=device,
                            recompute=self.s.recompute, autocast=autocast)
