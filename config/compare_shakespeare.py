@@ -16,7 +16,7 @@ _slide = {**_gpt, 'block_size': 96, 'batch_size': 16, 'weight_decay': 0.5}
 runs = {
     'fold': _fold,
     'fold without recurrence': {**_fold, 'past': 'local'},
-    "fold, the paper's letter": _settings(fold_shakespeare_paper),
+    "fold, the paper's form": _settings(fold_shakespeare_paper),
     'GPT, window 12': _gpt,
     'GPT, window 24': {**_gpt, 'block_size': 24, 'batch_size': 64},
     'GPT, window 96': {**_gpt, 'block_size': 96, 'batch_size': 16},

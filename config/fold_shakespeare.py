@@ -1,7 +1,7 @@
 # A fold for tiny Shakespeare, by characters, with the paper's segment of 12 tokens:
 #   python train.py config/fold_shakespeare.py
 # Beside it are config/gpt_shakespeare.py, the GPT of the same window, and
-# config/fold_shakespeare_paper.py, the paper's letter: the same parameters, tokens and seed.
+# config/fold_shakespeare_paper.py, the paper's form: the same parameters, tokens and seed.
 # docs/side_by_side.md says how the settings were found.
 out_dir = 'out/fold_shakespeare'
 dataset = 'shakespeare'
