@@ -7,7 +7,6 @@
 import lib.start  # noqa: F401 (before torch)
 import json
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from configurator import Settings, at_least, configure, numbers, one_of
 from lib import device as machine
 from lib import processes
 from lib.checkpoint import find_file, load, load_model
-from lib.console import Progress, require, say
+from lib.console import Progress, require, say, write
 from lib.contract import adamw, flops_per_token, make_model, unit
 from lib.files import RECORD, check_place
 from lib.gradients import backpropagate
@@ -232,7 +231,7 @@ def in_process(*job):
                           capture_output=True, start_new_session=True)  # without Ctrl-C
     *_, reason = ['', *done.stderr.splitlines()] if done.returncode > 0 else ['killed']
     require(done.returncode == 0, f'{job[1]} at {job[2]}, {job[3]:,} tokens, ended: {reason}')
-    sys.stderr.write(done.stderr)  # such as that nothing is compiled
+    write(sys.stderr, done.stderr)  # such as that nothing is compiled
     return json.loads(done.stdout.splitlines()[-1])
 
 def measure_speed(s):
@@ -281,7 +280,7 @@ PARTS = {'generation': measure_generation, 'speed': measure_speed, 'memory': mea
 
 def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the process of a side ends, too
+    processes.end_on_signals()  # and the process of a side ends, too
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
     require(processes.WORLD == 1 or s.parts == 'speed' and s.batch_size % processes.WORLD == 0,
             'several processes measure --parts=speed, of a batch_size that they can share')

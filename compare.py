@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob
 from itertools import product
@@ -28,7 +29,7 @@ from lib.console import Progress, count, require, say
 from lib.contract import find_model
 from lib.device import choose_compile, pick_device, set_threads
 from lib.files import PICTURE, RECORD, check_kind, check_place, own_folder, write_file
-from lib.processes import Stop
+from lib.processes import Stop, end_on_signals
 from lib.records import ROOT, load_record, result_path, save_record
 from tasks import find_task
 
@@ -64,11 +65,9 @@ QUICK_PROBE = {'histories': '0,12,24', 'targets': 10, 'words': 5, 'resamples': 2
 
 def read_json(path):
     """The dictionary in a file; {} if there is none, or it is damaged."""
-    try:
-        found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(OSError, ValueError, TypeError, RecursionError):  # TypeError: no dictionary
+        return {**json.loads(Path(path).read_text(encoding='utf-8'))}
+    return {}
 
 @dataclass
 class Run:
@@ -319,6 +318,7 @@ def main(s):
         check_place(os.path.join(folder, file), mark)
     if s.record:
         check_place(result_path(f'{name}.json', True), RECORD)
+    end_on_signals()  # until work_on() answers them, and short runs end, too
     needed = c['budgets'] and not s.quick
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']

@@ -152,8 +152,8 @@ def _apply(entries, defaults):
     values, given = dict(defaults), set()
     for origin, key, value in entries:
         if key not in defaults:
-            where = '--' if origin == '--' else ''
-            require(is_helper(value), f'unknown key {origin}{key}: {hint(key, defaults, where)}')
+            flag = '--' * (origin == '--')
+            require(is_helper(value), f'unknown key {origin}{key}: {hint(key, defaults, flag)}')
             continue
         value = _check(origin, key, value, defaults[key])
         if value and f'_{key}'.endswith(('_dir', '_file', '_state')):

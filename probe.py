@@ -29,10 +29,8 @@ from tasks import find_task
 
 # run
 out_dir = ''        # run's folder or checkpoint; '' takes the newest run under out/
-init_from = ''      # in place of a run: a folder of Hugging Face's format, or published weights:
-                    # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
-                    # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names; with --file, and the
-                    # result goes into out_dir, or out/probe_NAME
+init_from = ''      # in place of a run: weights of another program, as train.py takes them; with
+                    # --file, and the result goes into out_dir, or out/probe_NAME
 record = False      # write into results/, which the docs are made from, not the run's folder
 data_dir = 'data'   # folder of the prepared data sets
 seed = 1337         # of the bootstrap, and of the keys hidden in a file
@@ -70,7 +68,7 @@ def main(p):
     require(not missing, f'{path} does not say its {", ".join(missing)}: probe runs of train.py')
     merge(config, Settings(needed))  # refuses values of other kinds
     require(not p.file or saved['task'] == 'text' or saved.get('tokenizer'), f'{path} knows no '
-            f'text: file is for models of text, and for needles trained with --filler=text')
+            f'text: file is for text, facts, and needles trained with --filler=text')
     model = ckpt.load_model(saved, device=device).eval()
     check_reading(model)
     folder, data = os.path.dirname(path), saved.get('data', {})

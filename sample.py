@@ -23,9 +23,7 @@ from lib.streaming import new_state, read_, stream
 from prepare import Tokenizer
 
 out_dir = ''          # run's folder or checkpoint; '' takes the newest run under out/
-init_from = ''        # in place of a run: a folder of Hugging Face's format, or published weights:
-                      # 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl', fetched once, into
-                      # ~/.cache/foldgpt or the folder that FOLDGPT_CACHE names
+init_from = ''        # in place of a run: weights of another program, as train.py takes them
 start = '\n'          # prompt, may be empty; \n and \t as one writes them, \\ for a backslash;
                       # FILE:path reads it from a file, FILE:- from standard input
 num_samples = 1       # texts to write

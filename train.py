@@ -309,9 +309,9 @@ else:
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()
               if key in s.given and key not in own and getattr(s, key) != value]
-    known, needed = model.config.vocab_size, job.sizes['vocab_size']
-    require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare "
-                             f"it with the checkpoint's tokenizer")
+known, needed = model.config.vocab_size, job.sizes['vocab_size']
+require(known >= needed, f"the checkpoint knows {known} tokens, the data has {needed}: prepare it "
+                         f"with the checkpoint's tokenizer")
 model.to(device)
 check_contract(model)
 check_reading(model, s.block_size)

@@ -1,7 +1,7 @@
 # What else keeps a state of constant size, asked to remember:
 #   python compare.py config/compare_peers_memory.py
 # The models of config/compare_peers.py, three layers of 64 channels, as many updates on each task.
-# The sliding window of 24 is left out, as segments are of 12.
+# The sliding window of 24 is left out, as segments are of 12. Cups: config/compare_track.py.
 from config import compare_peers as _peers
 
 _less = 'learning_rate', 'min_lr'  # which are those of text
@@ -17,12 +17,10 @@ _split = dict(n_local=1, n_global=2)  # of every fold
 _walk = dict(longest=4, grow_at=0.9)
 _tasks = {
     'needle': dict(task='needle', **_walk),
-    'three cups': dict(task='track', cups=3, every=12, **_walk),
-    'five cups': dict(task='track', cups=5, every=12, **_walk),
     'parity': dict(task='track', cups=2, every=2, regular=False, **_walk),
     'facts': dict(task='facts', dataset='shakespeare', block_size=96, **_walk),
     'recall': dict(task='mqar', block_size=264),
 }
 runs = {f'{name}, {task}': {**model, **_split, **settings}
         for task, settings in _tasks.items() for name, model in _models.items()}
-probe = dict(distances='48,192,768,49152,100000,1000000', far_sequences=20)
+probe = dict(distances='48,192,768,49152,100000,1000000', far_sequences=100)

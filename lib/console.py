@@ -1,5 +1,6 @@
 """What scripts tell the person who runs them: lines of text, and the progress of long work."""
 import os
+import re
 import signal
 import sys
 import time
@@ -44,9 +45,12 @@ def explain(error):
     text = ' '.join(str(error).split())[:100]
     if isinstance(error, OSError):
         where = f'cannot use {error.filename}: ' if error.filename else ''
-        remedy = 'get the right to it' if isinstance(error, PermissionError) else 'make room'
+        remedies = {PermissionError: 'get the right to it', FileNotFoundError: 'make its folder',
+                    NotADirectoryError: 'make its folder'}
+        remedy = remedies.get(type(error), 'make room')
         return f'error: {where}{error.strerror or text}: {remedy}, or go elsewhere'
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and 'memory' in text:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                          and re.search('(out of|enough|allocate) memory', text)):
         return 'error: not enough memory: lower batch_size, block_size, or the sizes of the model'
     if isinstance(error, RuntimeError) and ('gloo' in text or 'NCCL' in text):
         return ('error: another process ended, or cannot be reached: start all of them again, with '
@@ -69,7 +73,7 @@ class Progress:
     def __init__(self, what, total, unit='tokens'):
         self.what, self.total, self.unit, self.done, self.width = what, max(1, total), unit, 0, 0
         self.terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.silent = os.environ.get('RANK', '0') != '0'
+        self.silent = (os.environ.get('RANK') or '0') != '0'
         self.start = self.last = time.monotonic()
 
     def at(self, done, note=''):

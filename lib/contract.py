@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.console import require
-from lib.rows import rowwise
+from lib.rows import as_tuple, rowwise
 from models import MODELS
 
 def unit(model):
@@ -48,7 +48,7 @@ def check_contract(model):
             logits, loss, carry = found
             rows = rowwise(lambda part: part.shape[0], carry)
             fine = (logits.shape == (B, T, model.config.vocab_size) and (loss is None) != targets
-                    and {*(rows if isinstance(rows, tuple) else (rows,))} <= {B, None})
+                    and {*as_tuple(rows)} <= {B, None})
         require(fine, f'{type(model).__name__}.forward() must return logits (B, T, V), the mean '
                 f'loss, and a carry of None or of tensors (B, ...); without targets, logits '
                 f'(B, 1, V), None, and a carry: see lib/contract.py')

@@ -160,8 +160,8 @@ def compile_blocks(model, compile, device, B=2):
             model(idx, idx)[1].backward()
         return compile
     except Exception as error:  # a compiler can fail in any way
-        print(f'torch.compile does not work here ({brief(error)}); going on without it',
-              file=sys.stderr)
+        write(sys.stderr, f'torch.compile does not work here ({brief(error)}); going on without '
+                          'it\n')
         torch.compiler.set_stance('force_eager')
         return 'off'
     finally:

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import torch
 
 from lib.contract import unit
-from lib.rows import rowwise
+from lib.rows import as_tuple, rowwise
 
 def backpropagate(model, x, y, carry=None, share=1.0, chunk=0, recompute=False, device='cpu',
                   autocast=nullcontext(), step=None):
@@ -42,9 +42,6 @@ def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     ends = [(loss, None), *((value, part) for value, part in handed if part is not None)]
     torch.autograd.backward(*zip(*ends))
     return loss.detach(), rowwise(torch.detach, last), rowwise(lambda c: c.grad, carry)
-
-def as_tuple(carry):
-    return carry if isinstance(carry, tuple) else (carry,)
 
 def recomputed(model, x, y, carry, share, device, autocast):
     """As piece, in the memory of one recurrence step and of the carry before each: the carries come

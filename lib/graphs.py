@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import torch
 
-from lib.console import brief
+from lib.console import brief, write
 from lib.gradients import piece, random_state, set_random_state, to_device
 from lib.rows import rowwise
 
@@ -61,7 +61,7 @@ class Graphs:
         for mine, new in zip(static, inputs):
             rowwise(torch.Tensor.copy_, mine, new)
         loss, last, _ = replay()
-        return loss.clone(), rowwise(torch.clone, last), None
+        return loss, rowwise(torch.clone, last), None
 
     def attach(self, model):
         """Gradients stay where graphs add to them; where they were taken off, they are zeros."""
@@ -102,8 +102,7 @@ class Graphs:
             self.works = False
             self.graphs.clear()  # their memory is of use again
             why = brief(error.__context__ or error)  # capturing ends with an error of its own
-            print(f"compile='graph' does not work here ({why}); going on without it",
-                  file=sys.stderr)
+            write(sys.stderr, f"compile='graph' does not work here ({why}); going on without it\n")
         finally:
             torch._foreach_copy_(self.grads, before)
             set_random_state(random, device)

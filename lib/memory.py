@@ -99,7 +99,7 @@ class WalkingTask(MemoryTask):
     KEPT = 'stage', 'recall'
 
     def __init__(self, s, sequences):
-        at_least(s, longest=1, first=1, probe_distance=0)
+        at_least(s, longest=1, first=1, probe_distance=0, leave=0.0)
         require(max(s.grow_at, s.leave) <= 1,
                 f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
         require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')

@@ -90,6 +90,13 @@ def from_all(value):
         dist.all_gather_object(values, value)
     return values
 
+def end_on_signals():
+    """SIGTERM and SIGHUP end this process as Ctrl-C does, and so with those that it started."""
+    for name in ('SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda n, _: sys.exit(128 + n))
+
 class Stop:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop; a second one ends the process.
     Not so under torchrun, which sends on what it gets, and kills after half a minute."""

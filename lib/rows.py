@@ -11,6 +11,9 @@ def rowwise(function, *values):
         return tuple(function(*each) for each in zip(*values))
     return function(*values)
 
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
 def index(rows, x):
     """Rows, a slice, a list, a mask or indices, as x (B, ...) takes them without a wait."""
     if not torch.is_tensor(rows):
@@ -26,7 +29,7 @@ class Rows(SimpleNamespace):
 
     def __len__(self):
         first = next(value for value in vars(self).values() if value is not None)
-        return len(first[0] if isinstance(first, tuple) else first)
+        return len(as_tuple(first)[0])
 
     def pick(self, rows):
         """A copy of some rows, in any order and number: a slice, a list, or, on the CPU, a mask or
@@ -55,7 +58,5 @@ class Rows(SimpleNamespace):
 
     @property
     def nbytes(self):
-        sizes = []
-        for value in vars(self).values():
-            rowwise(lambda x: sizes.append(x.nbytes), value)
-        return sum(sizes)
+        return sum(x.nbytes for value in vars(self).values() for x in as_tuple(value)
+                   if x is not None)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from lib.console import require
+from lib.console import require, write
 from lib.contract import blank_carry, border, carries, unit
 from lib.rows import Rows, rowwise
 from model import FUSED_FROM
@@ -27,8 +27,8 @@ def new_state(model, B=1):
         return empty_state(model, B, cached=True)
     check_reading(model)
     if extends:
-        print(f"{type(model).__name__} reads otherwise through extend() than in forward(): what is "
-              f"open is computed anew for every token (slow)", file=sys.stderr)
+        write(sys.stderr, f'{type(model).__name__} reads otherwise through extend() than in '
+                          'forward(): what is open is computed anew for every token (slow)\n')
     return empty_state(model, B, cached=False)
 
 def empty_state(model, B, cached):

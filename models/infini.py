@@ -7,7 +7,8 @@ In segment s, with sigma = ELU + 1:
     M_s = M_{s-1} + sigma(K)^T (V - sigma(K) M_{s-1} / (sigma(K) z_{s-1}))         eq. 5, or
     A = sigmoid(beta) A_mem + (1 - sigmoid(beta)) A_dot                            eq. 6
 As in the paper, positions turn the queries and keys of eq. 2 alone, and gradient flows through all
-segments of a call. Before the first segment M and z are zero, and what is read of them is zero.
+segments of a call. Before the first segment M and z are zero, and what is read of them is zero, as
+what divides is 1e-6 or more.
 State: n_layer * n_embd * (n_embd / n_head + 1) numbers, M and z side by side, at four layers of
 128 and four heads 67,584 bytes. Parameters: a GPT's and beta, 795,920 with 65 tokens.
 """

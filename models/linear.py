@@ -5,7 +5,8 @@ With phi = ELU + 1 (eq. 7), causal, for every token i and head:
     Z_i = Z_{i-1} + phi(K_i)                                                   eq. 11, 19
     V'_i = phi(Q_i)^T S_i / (phi(Q_i)^T Z_i)                                   eq. 12, 20
 Here many tokens at once: those of before through S, those of the call through their products.
-Differs: no positions, as the state has none; GPT-2's blocks, whose norm comes first.
+Differs: no positions, where the paper adds them to the embedding; what divides is 1e-6 or more;
+GPT-2's blocks, whose norm comes first.
 State: n_layer * n_embd * (n_embd / n_head + 1) numbers, S and Z side by side, at four layers of
 128 and four heads 67,584 bytes. Parameters: a GPT's, 795,904 with 65 tokens.
 """
@@ -25,7 +26,7 @@ class LinearAttention(CausalSelfAttention):
         y, new = (q @ k.mT).tril() @ v, (k.mT @ v).to(x.dtype)  # a sum, not of bfloat16
         if memory is not None:
             y, new = y + q @ memory, new + memory
-        y = y[..., :-1] / y[..., -1:]  # (B, H, n, D)
+        y = y[..., :-1] / y[..., -1:].clamp(min=1e-6)  # (B, H, n, D)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape)), new
 
 class Linear(Peer):

@@ -84,13 +84,17 @@ class Sequences(RandomSequences):
         objects[told, slots[told]] = new[told]
         return objects
 
+    def places(self, objects):
+        """Where each of what is asked for is (B, n), -1 where that is not known."""
+        places, holders = objects.tensor_split((len(PEOPLE),), dim=1)
+        if self.s.hops == 2:  # where the person is that has it
+            places = places.gather(1, holders.clamp(min=0)).where(holders >= 0, holders)
+        return places
+
     def ask(self, objects):
         """A question of each row: tokens (B, n), -1 for the text, and the answers (B,), -1 where
         nothing is known."""
-        places = objects[:, :len(PEOPLE)]
-        if self.s.hops == 2:  # where the person is that has it
-            holders = objects[:, len(PEOPLE):]
-            places = places.gather(1, holders.clamp(min=0)).where(holders >= 0, holders)
+        places = self.places(objects)
         # one of those that are known; any if none is
         which = torch.multinomial((places >= 0) + 1e-9, 1, generator=self.generator)
         place, which = places.gather(1, which)[:, 0], which[:, 0]
@@ -102,8 +106,12 @@ class Sequences(RandomSequences):
         for, and the objects after them."""
         B, lines = len(objects), []
         for x in self.filling(B, T).split(self.l, dim=1):
-            quiet = (self.uniform(B) > 1 / self.s.every) & (objects >= 0).any(dim=1)
+            known = (self.places(objects) >= 0).any(dim=1)
+            quiet = (self.uniform(B) > 1 / self.s.every) & known
             slots = self.integers(0, objects.size(1), B).masked_fill(quiet, -1)
+            if self.s.hops == 2:  # who has a thing comes first, and then where that person is
+                holder = objects[:, len(PEOPLE):].amax(dim=1)
+                slots = slots.where(known, holder.where(holder >= 0, len(PEOPLE)))
             objects = self.tell(x, objects, slots, self.middle)
             tokens, answers = self.ask(objects)
             after = self.put(x, tokens, self.middle, self.l)
@@ -140,6 +148,8 @@ class Task(track.Task):
     def __init__(self, s):
         at_least(s, hops=1, every=1, line=1)
         require(s.hops <= 2, f'hops={s.hops}: 1 or 2 facts')
+        require(s.block_size >= s.hops * s.line, f'block_size={s.block_size} must be at least '
+                f'hops={s.hops} lines of line={s.line} tokens')
         splits = {name: read_split(s, name) for name in ('train', 'val')}
         meta = splits['train'][1]
         spec = self.tokenizer = meta['tokenizer']
@@ -149,6 +159,9 @@ class Task(track.Task):
                              f'text that has all these letters')
         super().__init__(s, lambda seed, name: Sequences(s, seed, splits[name][0], spec))
         self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
+
+    def new(self, F):
+        return super().new(F + self.s.hops - 1)  # so that something can be asked
 
 def probe(model, saved, p, device):
     """Right answers against tokens of text since all was told, the validation split or p.file: the

@@ -44,11 +44,11 @@ def read_lengths(text):
     """[(tokens, pairs)] of a text such as '64:4,128:8'. Raises SystemExit for what is none."""
     try:
         found = [tuple(map(int, part.split(':'))) for part in text.split(',')]
-        fits = all(1 <= pairs <= tokens // 4 for tokens, pairs in found)
+        fits = all(4 <= 4 * pairs <= tokens <= 1 << 24 for tokens, pairs in found)
     except ValueError:
         fits = False
-    require(fits, f'lengths={text!r} must be such as 64:4,128:8, tokens and, at most a quarter of '
-                  f'them, pairs')
+    require(fits, f'lengths={text!r} must be such as 64:4,128:8: tokens, at most {1 << 24:,}, and '
+                  'pairs, at most a quarter of them')
     return found
 
 class Task(MemoryTask):

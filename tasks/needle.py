@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from configurator import at_least, one_of
 from lib.console import Progress, count, require, say
+from lib.contract import blank_carry
 from lib.gradients import to_device
 from lib.memory import (
     APART,
@@ -233,8 +234,11 @@ def find_in_file(model, saved, p, device):
     at_least(p, keys=1)
     ids, characters, replaced = read_known(p.file, saved['tokenizer'])
     k, l = (saved['config'][key] for key in ('key_length', 'segment_size'))
+    require(len(ids) >= 3 * l, f'{p.file} has {characters:,} characters: it takes {3 * l} or more, '
+            'so that the key leaves the window')
     sequences = Sequences(p.seed, k, first_digit(saved['tokenizer']))
-    keys, lead = sequences.keys(p.keys), int(sequences.integers(0, min(l, len(ids))))
+    crosses = Rows(carry=blank_carry(model)).nbytes
+    keys, lead = sequences.keys(p.keys), int(sequences.integers(0, l))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)
     progress = Progress(f'reading {p.file}', len(ids) + k + 1, 'characters')
@@ -254,9 +258,10 @@ def find_in_file(model, saved, p, device):
               for row in (keys[0], answers[0])]
     say(f'hidden after {count(lead, "character")}: {digits[0]}\n'
         f'read: {characters:,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
-        f'carried on at each token: {state.nbytes // p.keys:,} bytes\n'
+        f'state: {state.nbytes // p.keys:,} bytes, {crosses:,} of them carried across segments\n'
         f'answer: {digits[1]}, {right} of {p.keys} right')
     return {'what': 'recall in a file', 'curves': {}, 'notes': [], 'metrics': {
         'recall': metric(**share(right, p.keys)),
         'characters': metric(characters), 'read as spaces': metric(replaced),
-        'tokens per second': metric(speed), 'state_bytes': metric(state.nbytes // p.keys)}}
+        'tokens per second': metric(speed), 'state_bytes': metric(state.nbytes // p.keys),
+        'border_bytes': metric(crosses)}}

@@ -32,7 +32,7 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
                   segments=2, questions=1, passed_at=-1.0),
     'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
     'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32),
-    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=48)}
+    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=96)}
 
 def flags(out_dir, data_dir='', task='text', **settings):
     """The command line of a run of train.py, a second long."""
@@ -73,7 +73,7 @@ def run(monkeypatch, capsys):
         except SystemExit as stop:  # a text goes to standard error, and the code is 1
             is_text = isinstance(stop.code, str)
             code, error = (1, stop.code + '\n') if is_text else (stop.code or 0, '')
-        except Exception as failed:  # which the hook of configurator.py may explain
+        except Exception as failed:  # which the hook of lib/start.py may explain
             if (line := explain(failed)) is None:
                 raise
             code, error = 1, line + '\n'

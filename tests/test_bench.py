@@ -115,9 +115,12 @@ def test_processes_share_a_batch(monkeypatch):
     assert seen[::2] == [((2, 8), 0, False), ((2, 8), 16 * 4, False), ((2, 8), 0, True)]
     check_error('several processes', bench.main, s)
 
-def test_a_signal_leaves_no_process():
-    flags = [*FLAGS, '--parts=speed', '--steps=1000000', f'--label={os.getpid()}']
-    process = subprocess.Popen([sys.executable, 'bench.py', *flags], cwd=records.ROOT, text=True,
+@pytest.mark.parametrize('script, flags', [
+    ('bench.py', [*FLAGS, '--parts=speed', '--steps=1000000']),
+    ('compare.py', ['config/compare_shakespeare.py'])])
+def test_a_signal_leaves_no_process(script, flags, tmp_path):
+    flags = [*flags, f'--label={os.getpid()}' if script == 'bench.py' else f'--out_dir={tmp_path}']
+    process = subprocess.Popen([sys.executable, script, *flags], cwd=records.ROOT, text=True,
                                stderr=subprocess.PIPE)
     children = f'/proc/{process.pid}/task/{process.pid}/children'
     while not (side := open(children).read().split()):

@@ -71,8 +71,7 @@ def test_training_on_documents(run, train, tmp_path):
     log = (tmp_path / 'out' / 'log.jsonl').read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     assert lines[-1]['val_loss'] < lines[1]['loss']
-    model = done.globals['model']
-    job = done.globals['job']
+    model, job = (done.globals[name] for name in ('model', 'job'))
     assert model.config.border == job.border >= 0
     x, _ = job.random_sequences()
     assert (x[:, 0] == job.border).any() and not (x[:, 1:] == job.border).any()

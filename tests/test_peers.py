@@ -35,6 +35,14 @@ def test_what_is_forgotten_at_once_leaves_gradients_finite():
     rule(torch.randn(1, 32, 8))[0].sum().backward()
     assert all(p.grad.isfinite().all() for p in rule.parameters())
 
+@pytest.mark.parametrize('kind', ['linear', 'infini'])
+def test_features_that_vanish_leave_a_number(kind):
+    model = make(kind, bias=True).float()
+    for block in model.transformer.h:
+        block.attn.c_attn.bias.data.fill_(-30)
+    idx = torch.arange(3 * SEGMENT)[None] % model.config.vocab_size
+    assert model(idx, idx)[1].isfinite()
+
 @pytest.mark.parametrize('kind, keys, nbytes', [
     ('gpt', dict(window=12), 49_152), ('fold', dict(n_local=2, n_global=2), 6_144),
     ('transformer_xl', {}, 24_576), ('rmt', {}, 2_048), ('rmt', dict(memory=12), 6_144),

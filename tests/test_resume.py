@@ -26,7 +26,8 @@ def kill(*args):
     dict(model_type='gpt', gradient_accumulation_steps=2), dict(recompute=True, carry='gated'),
     dict(stream=True, bptt_segments=1, recompute=True, gradient_accumulation_steps=2),
     dict(task='needle'), dict(task='needle', filler='text', key_length=2, carry='plain'),
-    dict(task='pairs'), dict(task='pairs', passed_at=2.0), dict(task='track'), dict(task='mqar')])
+    dict(task='pairs'), dict(task='pairs', passed_at=2.0), dict(task='track'), dict(task='mqar'),
+    dict(task='facts', hops=2)])
 def test_every_mode_resumes_bit_for_bit(train, resume, tmp_path, mode, monkeypatch):
     """And saving more often changes nothing."""
     settings = dict(max_iters=9, eval_interval=5, log_interval=3, **mode)
@@ -162,8 +163,6 @@ def test_what_cannot_be_resumed_is_told_in_a_line(trained, resume, monkeypatch):
     for key in TO_RESUME.keys() - {'task'}:  # of nanoGPT's, which does not name it, it is text
         assert f'--init_from={last}' in refused(f'{key!r} is missing', **{key: None})
     refused('is not the text that the run', data={**good['data'], 'sha256': '0' * 64})
-    last.write_bytes(last.read_bytes()[:-99])
-    assert 'is not a readable checkpoint' in resume().err
     os.replace(best, last)
     (out / 'log.jsonl').unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -119,6 +119,7 @@ def test_a_padded_vocabulary_and_weights_as_other_programs_save_them(sample, mod
     usual = sample('--start=', '--temperature=5').out
 
     def padded(weights):
+        weights = {**weights, 'transformer.h.0.attn.bias': torch.ones(1, 1, 4, 4)}  # a mask
         return {f'module._orig_mod.{name}': torch.cat((value, 9 * torch.ones(40, 16)))
                 if name.endswith('wte.weight') else value
                 for name, value in weights.items() if name != 'lm_head.weight'}  # it is tied

@@ -59,13 +59,6 @@ def test_last_losses_are_those_with_all_that_a_model_sees_of_the_row(T, n, monke
         torch.testing.assert_close(last_losses(model, rows, n), torch.tensor(expected).double(),
                                    rtol=0, atol=1e-5)
 
-def test_last_losses_after_a_border_are_those_of_the_document_alone():
-    model = make('gpt', block_size=8, border=V - 1)
-    row = torch.randint(V - 1, (34,))
-    row[5] = V - 1
-    expected = [nats(model, row[max(5, t - 8):t], row[t]) for t in range(7, 34)]
-    assert last_losses(model, row[None], 27)[0].tolist() == pytest.approx(expected, abs=1e-5)
-
 @pytest.mark.parametrize('model', [fold(), gpt(), make('recurrent')])
 def test_without_dropout_and_without_the_random_numbers_of_training(model):
     tokens, state = torch.randint(V, (777,)), torch.get_rng_state()

@@ -44,16 +44,12 @@ def watch(monkeypatch, act):
         return step(optimizer, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, 'step', watched)
 
-@pytest.mark.parametrize('task', ['text', 'facts'])  # of the others: test_resume.py
-def test_the_same_seed_gives_the_same_losses(train, tmp_path, task):
-    for name, n, seed, interval in (('a', 12, 1, 12), ('b', 12, 1, 5), ('c', 2, 2, 2)):
-        done = train('fold', task, tmp_path / name, seed=seed, max_iters=n, decay_from=1.0,
-                     eval_interval=interval)
+def test_another_seed_gives_other_losses_and_they_fall(train, tmp_path):
+    for name, n, seed in (('a', 12, 1), ('b', 2, 2)):
+        done = train(out_dir=tmp_path / name, seed=seed, max_iters=n, decay_from=1.0)
         assert done.code == 0, done.err
-    a, b, c = (records(tmp_path / name, 'loss') for name in 'abc')
-    assert len(a) == 12 and a == b and a[:2] != c
-    equal(*(load(tmp_path / name / 'last.pt')['model'] for name in 'ab'))
-    assert task != 'text' or sum(dict(a[-5:]).values()) < sum(dict(a[:5]).values())
+    a, b = (records(tmp_path / name, 'loss') for name in 'ab')
+    assert a[:2] != b and sum(dict(a[-5:]).values()) < sum(dict(a[:5]).values())
 
 def test_log_lines_are_means_of_their_interval(train, tmp_path):
     for interval in (1, 5):
