@@ -4,6 +4,7 @@ from models.cached import GPT, FoldGPT
 from models.deltanet import DeltaNet
 from models.feedback import Feedback, FeedbackConfig
 from models.gated import GatedFold
+from models.holding import HoldingConfig, HoldingFold
 from models.infini import Infini, InfiniConfig
 from models.linear import Linear
 from models.lstm import LSTM
@@ -15,6 +16,7 @@ MODELS = {
     'gpt': (GPTConfig, GPT),
     'fold': (FoldConfig, FoldGPT),
     'gated_fold': (FoldConfig, GatedFold),
+    'holding_fold': (HoldingConfig, HoldingFold),
     'transformer_xl': (TransformerXLConfig, TransformerXL),
     'rmt': (RMTConfig, RMT),
     'infini': (InfiniConfig, Infini),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SEGMENT, make
+from small import SEGMENT, assert_equal, make, tokens
 from torch.nn import functional as F
 
 from lib.contract import adamw, blank_carry, count_parameters, make_model
@@ -34,6 +34,18 @@ def test_what_is_forgotten_at_once_leaves_gradients_finite():
     rule.A.data.fill_(5)
     rule(torch.randn(1, 32, 8))[0].sum().backward()
     assert all(p.grad.isfinite().all() for p in rule.parameters())
+
+@pytest.mark.parametrize('T', [2, 2 * SEGMENT, 3 * SEGMENT + 2])
+def test_a_fold_that_holds_is_asked_for_the_tokens_some_segments_before(T):
+    model, idx = make('holding_fold', local='sliding', hold=2, hold_weight=0.5), tokens(2, T + 1)
+    loss = model(idx[:, :-1], idx[:, 1:])[1]
+    outputs = model.transformer.ln_f(model.fold(model.local(idx[:, :-1])[0], None)[0])
+    for k, matrix in enumerate(model.hold, start=1):
+        for t in range(k * SEGMENT + 1, T):  # the first token is no target
+            told = model.lm_head(matrix(outputs[:, t])).log_softmax(dim=-1)
+            told = told.gather(1, idx[:, t - k * SEGMENT, None]).mean()
+            loss = loss - 0.25 * told / (T - k * SEGMENT - 1)
+    assert_equal(model.train()(idx[:, :-1], idx[:, 1:])[1], loss)
 
 @pytest.mark.parametrize('kind', ['linear', 'infini'])
 def test_features_that_vanish_leave_a_number(kind):
