@@ -12,6 +12,7 @@ the open recurrence step is computed anew for every token.
 """
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import fields
 
@@ -90,7 +91,9 @@ def make_model(model_type, sizes, copies=1):
         return model_class(config)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None
-    except RuntimeError as error:  # the allocator's
+    except RuntimeError as error:
+        if not re.search('memory|overflow', str(error)):  # it is not the allocator's
+            raise
         raise SystemExit(f'error: no memory for this model ({str(error)[:60]}): make n_embd or the '
                          f'number of layers smaller') from None
 

@@ -34,7 +34,8 @@ def test_say_never_fails(out, encoding, printed, said):
 @pytest.mark.parametrize('error, words', [
     (MemoryError(), 'lower batch_size'), (RuntimeError('not enough memory'), 'lower batch_size'),
     (RuntimeError('gloo/tcp/pair.cc:537: \nreset'), 'error: another process ended'),
-    (FloatingPointError('x'), 'take other weights'), (RuntimeError('shapes differ'), None)])
+    (FloatingPointError('x'), 'take other weights'), (RuntimeError('shapes differ'), None),
+    (RuntimeError('an illegal memory access was encountered'), None)])
 def test_an_error_that_is_not_the_programs_is_told_in_a_line(error, words):
     line = console.explain(error)
     assert line is None if words is None else words in line

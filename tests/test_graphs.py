@@ -1,6 +1,7 @@
 """A captured micro-step: the gradients of the plain one, bit for bit, by a stand-in for CUDA."""
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -70,6 +71,13 @@ def test_captured_gradients_are_the_plain_ones_bit_for_bit(kind, sizes):
     for a, b in zip(expected, found):
         b = {name: b[name] for name in a} if isinstance(a, dict) else b
         equal(a, b)
+
+def test_what_is_returned_stays_as_it_is():
+    model = make()
+    step = Graphs(Stand(model))
+    first, second = (step(model, tokens(2, SEGMENT), tokens(2, SEGMENT), None, 1.0, 'cpu',
+                          nullcontext())[0] for _ in range(2))
+    assert first != second
 
 def test_each_shape_has_a_graph_up_to_so_many():
     """Chunks: without a carry, with one, and the short last one; then sequences of many lengths."""

@@ -163,6 +163,7 @@ def test_what_cannot_be_resumed_is_told_in_a_line(trained, resume, monkeypatch):
     for key in TO_RESUME.keys() - {'task'}:  # of nanoGPT's, which does not name it, it is text
         assert f'--init_from={last}' in refused(f'{key!r} is missing', **{key: None})
     refused('is not the text that the run', data={**good['data'], 'sha256': '0' * 64})
+    refused('knows 9 tokens, the data has', model_args={**good['model_args'], 'vocab_size': 9})
     os.replace(best, last)
     (out / 'log.jsonl').unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -237,9 +237,12 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
         found = needle.probe(model, saved, p, 'cpu')['metrics']
         assert found['recall']['value'] == right / 3 and found['read as spaces']['value'] == 7
         assert '607 characters, 7 of them as spaces' in capsys.readouterr().out
-    (tmp_path / 'book').write_text(known[0] * 9 + '\u2260' * 9)
-    with pytest.raises(SystemExit, match='has 18 characters, of which the model knows 9'):
-        needle.probe(model, saved, p, 'cpu')
+    short = 3 * task.s.segment_size - 1
+    for text, words in ((known[0] * 9 + '\u2260' * 9, '18 characters, of which the model knows 9'),
+                        (known[0] * short, f'{short} characters: it takes {short + 1} or more')):
+        (tmp_path / 'book').write_text(text)
+        with pytest.raises(SystemExit, match=words):
+            needle.probe(model, saved, p, 'cpu')
 
 def test_keys_among_byte_pairs_are_of_tokens_that_gpt2_has_and_no_text(monkeypatch):
     meta = {'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50257}
