@@ -21,10 +21,18 @@ DRAWN = 3  # k of a call
 
 @dataclass
 class HoldingConfig(FoldConfig):
+    """Sizes of a fold that is taught to hold. Raises ValueError."""
     hold: int = 8             # segments back whose tokens are asked for
     hold_weight: float = 0.1  # of that loss
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hold_weight < 0:
+            raise ValueError(f'hold_weight must be at least 0, not {self.hold_weight}')
+
 class HoldingFold(FoldGPT):
+    """A fold with matrices W_k, of training alone."""
+
     def __init__(self, config):
         super().__init__(config)
         C = config.n_embd

@@ -79,7 +79,8 @@ def test_parameters_state_and_what_decays(kind, keys, nbytes):
     *((kind, dict(window=SEGMENT), 'takes window=0') for kind in [*MODELS][2:]),
     *((kind, dict(position='rotary'), 'means nothing') for kind in ('linear', 'deltanet', 'lstm')),
     *((kind, dict(segment_size=5), 'multiple of') for kind in ('transformer_xl', 'rmt', 'infini')),
-    ('infini', dict(update='no'), 'update must be one of'), ('rmt', dict(memory=0), 'memory must')])
+    ('infini', dict(update='no'), 'update must be one of'), ('rmt', dict(memory=0), 'memory must'),
+    ('holding_fold', dict(hold_weight=-0.1), 'hold_weight must')])
 def test_keys_that_mean_nothing_are_refused(kind, keys, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):
         make(kind, **keys)
