@@ -2,18 +2,21 @@
 #   python compare.py config/compare_python_longest.py
 # Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all
 # but the LSTM, which does better at higher ones (config/search_peers.py).
-# Half an hour of one CPU core a run, the Gated DeltaNet's 100 minutes.
+# Half an hour to an hour of one CPU core a run, the Gated DeltaNet's 100 minutes.
 seeds = [1337]
 tokens = 18_432_000
 
 common = dict(dataset='python', n_local=3, n_global=1, n_layer=4, n_head=4, n_embd=128,
               segment_size=12, block_size=384, batch_size=4, learning_rate=2e-3, min_lr=1e-4)
 _fold = dict(model_type='fold', position='rotary', local='sliding')  # that of the front page
+_queued = {**_fold, 'model_type': 'queued_fold'}
 _older = dict(model_type='fold', n_local=1, n_global=3)
 # windows are cut from stretches of 384 tokens: every run sees the same text in the same order
 runs = {
     'fold': _fold,
     'fold without recurrence': {**_fold, 'past': 'local'},
+    'fold with a queue': _queued,
+    'fold with a queue, without recurrence': {**_queued, 'past': 'local'},
     'sliding window of 12': dict(model_type='gpt', position='rotary', window=12),
     'LSTM': dict(model_type='lstm', position='none', learning_rate=8e-3, min_lr=4e-4),
     'Gated DeltaNet': dict(model_type='deltanet', position='none'),

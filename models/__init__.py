@@ -9,6 +9,7 @@ from models.infini import Infini, InfiniConfig
 from models.linear import Linear
 from models.lstm import LSTM
 from models.peer import PlacelessConfig
+from models.queued import QueuedConfig, QueuedFold
 from models.rmt import RMT, RMTConfig
 from models.transformer_xl import TransformerXL, TransformerXLConfig
 
@@ -17,6 +18,7 @@ MODELS = {
     'fold': (FoldConfig, FoldGPT),
     'gated_fold': (FoldConfig, GatedFold),
     'holding_fold': (HoldingConfig, HoldingFold),
+    'queued_fold': (QueuedConfig, QueuedFold),
     'transformer_xl': (TransformerXLConfig, TransformerXL),
     'rmt': (RMTConfig, RMT),
     'infini': (InfiniConfig, Infini),

@@ -74,10 +74,13 @@ class Literal:
         return x
 
     def foldgpt(self, x):
-        """Eq. 13, 16 and 17 (`new`), and the other values of the keys, of {place: state}."""
-        c, l, x, carry, outputs = self.c, self.l, dict(enumerate(x)), {}, []
+        """Eq. 13, 16 and 17 (`new`), and the other values of the keys, of {place: state}; and the
+        queue before the past half."""
+        c, l, x, outputs, zeros = self.c, self.l, dict(enumerate(x)), [], np.zeros(C)
+        queue = l * getattr(c, 'queue', 0)
+        carry = {t: zeros for t in range(-l, 0) if queue}
 
-        def all_of(layer, states, seen_by, start=0):
+        def all_of(layer, states, seen_by, start=-math.inf):
             """Token states, each one layer on, having seen those that it may, itself last; those
             before `start` through a gate, if there is one."""
             new, g = {}, self.w.get(f'transformer.h.{layer}.attn.past_gate', np.ones(C) / 16)
@@ -88,20 +91,22 @@ class Literal:
                 new[t] = self.finish(layer, state, alone + 16 * g.reshape(HEADS, D) * (y - alone))
             return new
 
-        def up_to(t, states, first=0):
+        def up_to(t, states, first=-math.inf):
             return [(place, state) for place, state in states.items() if first <= place <= t]
         for i in range(c.n_local):  # eq. 16, or of the last l tokens
             x = all_of(i, x, lambda t: up_to(t, x, t - l + 1 if c.local == 'sliding'
                                              else t // l * l))
+        narrow = {t: self.project(self.project(x[t], 'down'), 'up') for t in x if queue}
         for s in range(0, len(x), l):
             current = {t: x[t] for t in range(s, min(s + l, len(x)))}
             past = carry if c.past != 'none' else {}
+            far = [(t - len(past), narrow.get(t, zeros)) for t in range(s - queue, s)]
             for i in range(c.n_local, c.n_local + c.n_global):
-                new = all_of(i, current, lambda t: [*past.items(), *up_to(t, current)], s)
+                new = all_of(i, current, lambda t: [*far, *past.items(), *up_to(t, current)], s)
                 if c.past == 'evolving':
                     past = all_of(i, past, lambda t: up_to(t, past))  # eq. 13
                 current = new
-            if c.carry == 'gated' and s:
+            if c.carry == 'gated' and carry:
                 for t, new in current.items():
                     g = sigmoid(self.project(np.concatenate((carry[t - l], new)), 'carry_gate'))
                     current[t] = g * carry[t - l] + (1 - g) * new
@@ -109,7 +114,7 @@ class Literal:
             carry = {t: x[t] for t in current} if c.past == 'local' else current
         return outputs
 
-    gatedfold = foldgpt
+    gatedfold = queuedfold = foldgpt
 
     def gpt(self, x):
         return self.layers(x, lambda t: t - self.l + 1)

@@ -36,10 +36,10 @@ def seen_until(model, t, layers=LAYERS):
         return (t // l + 1 + layers) * l
     if kind == 'GPT' and c.window:
         return t + 1 + layers * (l - 1)
-    if kind not in ('FoldGPT', 'GatedFold') or c.recurrent:
+    if kind not in ('FoldGPT', 'GatedFold', 'QueuedFold') or c.recurrent:
         return math.inf
     last = t + c.n_local * (l - 1) * (c.local == 'sliding')  # that local layers show it to
-    return (last // l + 1 + (c.past == 'local')) * l
+    return (last // l + 1 + getattr(c, 'queue', c.past == 'local')) * l
 
 @EVERY_CASE
 def test_causality_and_what_is_seen(name):
