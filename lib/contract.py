@@ -76,7 +76,7 @@ def make_model(model_type, sizes, copies=1):
     given = {f.name: sizes[f.name] for f in fields(config_class) if f.name in sizes}
     for name in [field.name for field in fields(config_class) if field.type is int]:
         least = {'n_local': 0, 'window': 0, 'border': -1}.get(name, 1)
-        most = 1000 if name in ('n_layer', 'n_local', 'n_global') else 2 ** 48
+        most = 1000 if name in ('n_layer', 'n_local', 'n_global', 'queue') else 2 ** 48
         value = given.get(name, least)
         require(value >= least, f'{name} must be at least {least}, not {value}')
         require(value <= most, f'{name}={value} is too large')

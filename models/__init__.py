@@ -4,7 +4,6 @@ from models.cached import GPT, FoldGPT
 from models.deltanet import DeltaNet
 from models.feedback import Feedback, FeedbackConfig
 from models.gated import GatedFold
-from models.holding import HoldingConfig, HoldingFold
 from models.infini import Infini, InfiniConfig
 from models.linear import Linear
 from models.lstm import LSTM
@@ -17,7 +16,6 @@ MODELS = {
     'gpt': (GPTConfig, GPT),
     'fold': (FoldConfig, FoldGPT),
     'gated_fold': (FoldConfig, GatedFold),
-    'holding_fold': (HoldingConfig, HoldingFold),
     'queued_fold': (QueuedConfig, QueuedFold),
     'transformer_xl': (TransformerXLConfig, TransformerXL),
     'rmt': (RMTConfig, RMT),

@@ -1,20 +1,21 @@
 """A fold that also keeps the last segments token by token, in a queue of narrow vectors.
 
-A carry holds the whole past in the same l places, and no layer finds a word in them (docs/text.md).
-Here the global layers also read, of each token of the last `queue` segments, what the local
-transformer made of it, as `queue_channels` numbers:
+A carry has the past mixed in its l places, where words are hardly found again (docs/text.md). Here
+the global layers also read, of each token of the last `queue` segments, what the local transformer
+made of it, as `queue_channels` numbers:
     q_t = W_down x_t,   x_t in X_{N,0}
     window of segment s: [W_up q_t for all t in the queue ; X^{s-1}_{N,N} ; X^s_{N,0}]
 A narrow vector in place of keys and values is that of DeepSeek-V2 (arXiv 2405.04434, eq. 9 to 11);
-here one serves all global layers. What was before the text is zeros. State: a fold's, and
-queue * segment_size * queue_channels numbers, of 4 * 16 * 12 * 32 24,576 bytes.
+here one serves all global layers. Places in the window are counted as it stands, so that a token
+of the queue is l places further off than it was. What was before the text is zeros. At a border the
+state is a fold's and queue * segment_size * queue_channels numbers: 16 * 12 * 32, 24,576 bytes.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from model import Block, FoldConfig
+from model import Block, FoldConfig, LocalBlock
 from models.cached import FoldGPT, room, run_cached
 
 @dataclass
@@ -27,13 +28,14 @@ class QueuedConfig(FoldConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.local != 'sliding' or self.n_local < 1:
-            raise ValueError("a fold with a queue takes local='sliding' and n_local of 1 or more")
-        if self.past == 'evolving' and self.n_global > 1:
-            raise ValueError("a fold with a queue of several global layers takes past='frozen'")
+        evolves = self.past == 'evolving' and self.n_global > 1
+        if self.local != 'sliding' or self.n_local < 1 or evolves:
+            raise ValueError("a fold with a queue takes local='sliding', n_local of 1 or more and, "
+                             "with several global layers, past='frozen'")
 
 class QueuedFold(FoldGPT):
-    """The carry is (X^s_{N,N}, queue, what local layers keep)."""
+    """The carry is (X^s_{N,N} (B, l, C), the queue (B, queue * l, queue_channels), and what local
+    layers keep)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -41,14 +43,19 @@ class QueuedFold(FoldGPT):
         self.places = config.queue * config.segment_size
         self.down, self.up = nn.Linear(C, r, bias=False), nn.Linear(r, C, bias=False)
 
+    def layout(self, config):
+        local = [LocalBlock(config, config.segment_size) for _ in range(config.n_local)]
+        return local + [Block(config) for _ in range(config.n_global)]  # no past half to move on
+
     def forward(self, idx, targets=None, carry=None):
         """As FoldGPT's."""
-        c, l = self.config, self.config.segment_size
+        c, l, r = self.config, self.config.segment_size, self.config.queue_channels
         if carry is None:
-            past = self.up.weight.new_zeros(len(idx), l, c.n_embd)
-            carry = past, past.new_zeros(len(idx), self.places, c.queue_channels), None
+            zeros = self.up.weight.new_zeros
+            carry = zeros(len(idx), l, c.n_embd), zeros(len(idx), self.places, r), None
         past, queue, kept = carry
-        if idx.size(1) < 1 or past.shape != (len(idx), l, c.n_embd):
+        sizes = past.shape, queue.shape
+        if idx.size(1) < 1 or sizes != ((len(idx), l, c.n_embd), (len(idx), self.places, r)):
             raise ValueError('a fold takes 1 token or more, and the carry of a whole segment')
         x, kept = self.local(idx, kept)
         queue, outputs = torch.cat((queue, self.down(x)), dim=1), []
@@ -57,7 +64,7 @@ class QueuedFold(FoldGPT):
             now = far[..., s * l:s * l + self.places, :]
             outputs.append(self.carried(past, self.globally(self.window(now, past), x_s)))
             past = outputs[-1] if c.recurrent else x_s
-        carry = past.clone(), queue[:, -self.places:].clone(), kept
+        carry = past.clone(), queue[:, -self.places:].clone(), kept  # views would keep all of x
         return *self.head(torch.cat(outputs, dim=1), targets), carry
 
     def seen(self, x):
@@ -71,10 +78,8 @@ class QueuedFold(FoldGPT):
 
     def globally(self, before, current, caches=None):
         """The global transformer after keys and values `before`; None if the cache has them."""
-        for i, block in enumerate(list(self.transformer.h)[self.config.n_local:]):
-            own = (None if some is None else some[:, i] for some in (before, caches))
-            current, _ = Block.forward(block, current, *own)
-        return current
+        blocks = list(self.transformer.h)[self.config.n_local:]
+        return self.run_blocks(blocks, current, before, caches=caches)[0]
 
     def new_cache(self, B):
         """Of the global layers alone: the carry has what the others keep."""

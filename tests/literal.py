@@ -78,7 +78,7 @@ class Literal:
         queue before the past half."""
         c, l, x, outputs, zeros = self.c, self.l, dict(enumerate(x)), [], np.zeros(C)
         queue = l * getattr(c, 'queue', 0)
-        carry = {t: zeros for t in range(-l, 0) if queue}
+        carry = dict.fromkeys(range(-l, 0), zeros) if queue else {}
 
         def all_of(layer, states, seen_by, start=-math.inf):
             """Token states, each one layer on, having seen those that it may, itself last; those

@@ -11,8 +11,9 @@ from lib.contract import blank_carry, unit
 from lib.gradients import backpropagate
 from lib.rows import rowwise
 
-FEW = pytest.mark.parametrize('name', [  # the last one's carry is a tuple
-    'learned segment evolving gated', 'rotary sliding evolving gated', 'gpt, window', 'recurrent'])
+FEW = pytest.mark.parametrize('name', [  # some carries are tuples
+    'learned segment evolving gated', 'rotary sliding evolving gated', 'gpt, window', 'recurrent',
+    'queued_fold'])
 RECOMPUTE = pytest.mark.parametrize('recompute', [False, True])
 
 def literal(model, x, y, carry, cut):

@@ -164,11 +164,13 @@ def test_a_sliding_layer_goes_on_after_any_number_of_places(before):
 
 def test_calls_that_no_model_can_answer():
     """Nor with the carry of a segment that is not whole."""
-    sliding, window = make(local='sliding'), make('gpt', window=l)
-    short = [model(tokens(2, l + 2))[2] for model in (sliding, window)]
+    sliding, window, queued = make(local='sliding'), make('gpt', window=l), make('queued_fold')
+    short = [model(tokens(2, l + 2))[2] for model in (sliding, window, queued)]
+    past, queue, kept = queued(tokens(2, l))[2]
     for model, T, carry in ((make(), 0, None), (make(), 3, torch.zeros(1, l, C)),
                             (make(), 3, torch.zeros(2, 2, C)), (small_gpt(), 0, None),
                             (small_gpt(), l + 1, None), (sliding, 3, short[0]),
-                            (sliding, 3, torch.zeros(2, l, C)), (window, 3, short[1])):
+                            (sliding, 3, torch.zeros(2, l, C)), (window, 3, short[1]),
+                            (queued, 3, short[2]), (queued, 3, (past, queue[:, 1:], kept))):
         with pytest.raises(ValueError, match='takes 1 token or more|cannot read|segment|slide'):
             model(tokens(2, T), carry=carry)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SEGMENT, assert_equal, make, tokens
+from small import SEGMENT, make
 from torch.nn import functional as F
 
 from lib.contract import adamw, blank_carry, count_parameters, make_model
@@ -35,18 +35,6 @@ def test_what_is_forgotten_at_once_leaves_gradients_finite():
     rule(torch.randn(1, 32, 8))[0].sum().backward()
     assert all(p.grad.isfinite().all() for p in rule.parameters())
 
-@pytest.mark.parametrize('T', [2, 2 * SEGMENT, 3 * SEGMENT + 2])
-def test_a_fold_that_holds_is_asked_for_the_tokens_some_segments_before(T):
-    model, idx = make('holding_fold', local='sliding', hold=2, hold_weight=0.5), tokens(2, T + 1)
-    loss = model(idx[:, :-1], idx[:, 1:])[1]
-    outputs = model.transformer.ln_f(model.fold(model.local(idx[:, :-1])[0], None)[0])
-    for k, matrix in enumerate(model.hold, start=1):
-        for t in range(k * SEGMENT + 1, T):  # the first token is no target
-            told = model.lm_head(matrix(outputs[:, t])).log_softmax(dim=-1)
-            told = told.gather(1, idx[:, t - k * SEGMENT, None]).mean()
-            loss = loss - 0.25 * told / (T - k * SEGMENT - 1)
-    assert_equal(model.train()(idx[:, :-1], idx[:, 1:])[1], loss)
-
 @pytest.mark.parametrize('kind', ['linear', 'infini'])
 def test_features_that_vanish_leave_a_number(kind):
     model = make(kind, bias=True).float()
@@ -59,7 +47,8 @@ def test_features_that_vanish_leave_a_number(kind):
     ('gpt', dict(window=12), 49_152), ('fold', dict(n_local=2, n_global=2), 6_144),
     ('transformer_xl', {}, 24_576), ('rmt', {}, 2_048), ('rmt', dict(memory=12), 6_144),
     ('infini', {}, 67_584), ('linear', {}, 67_584), ('deltanet', {}, 83_968),
-    ('feedback', {}, 6_144), ('lstm', {}, 3_680)])
+    ('feedback', {}, 6_144), ('lstm', {}, 3_680),
+    ('queued_fold', dict(n_local=3, n_global=1), 67_584)])
 def test_parameters_state_and_what_decays(kind, keys, nbytes):
     model = make_model(kind, dict(block_size=96, vocab_size=65, n_embd=128, n_layer=4, n_head=4,
                                   bias=False, position='learned', **keys))
@@ -80,7 +69,8 @@ def test_parameters_state_and_what_decays(kind, keys, nbytes):
     *((kind, dict(position='rotary'), 'means nothing') for kind in ('linear', 'deltanet', 'lstm')),
     *((kind, dict(segment_size=5), 'multiple of') for kind in ('transformer_xl', 'rmt', 'infini')),
     ('infini', dict(update='no'), 'update must be one of'), ('rmt', dict(memory=0), 'memory must'),
-    ('holding_fold', dict(hold_weight=-0.1), 'hold_weight must')])
+    ('queued_fold', dict(local='segment'), 'takes local='),
+    ('queued_fold', dict(past='evolving'), 'takes local=')])
 def test_keys_that_mean_nothing_are_refused(kind, keys, message):
     with pytest.raises(SystemExit, match=f'^error: .*{message}'):
         make(kind, **keys)

@@ -26,7 +26,7 @@ from models.cached import GPT, FoldGPT
 
 ALL = {**CASES, **MORE}
 SOME = ('learned segment evolving plain', 'rotary sliding evolving gated', 'gpt', 'gpt, window',
-        'lstm', 'recurrent', 'windowed')  # of every kind of state
+        'lstm', 'recurrent', 'windowed', 'queued_fold')  # of every kind of state
 
 def paths(names):
     """Through the caches that a model has, and without."""
