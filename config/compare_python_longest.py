@@ -25,6 +25,7 @@ runs = {
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=384),
     'GPT, window 384': dict(model_type='gpt'),
+    'GPT, window 384, rotary': dict(model_type='gpt', position='rotary'),
 }
 # histories that leave the segment room in a window of 384, so that no window need slide
 probe = dict(histories='0,12,24,48,96,144,156,168,192,240,300,360', targets=10000,

@@ -12,5 +12,5 @@ runs = {
     'fold with a queue': _queued,
     'without recurrence': {**_queued, 'past': 'local'},
     'fold': _longest.runs['fold'],
-    'GPT, window 384, rotary': {**_longest.runs['GPT, window 384'], 'position': 'rotary'},
+    'GPT, window 384, rotary': _longest.runs['GPT, window 384, rotary'],
 }
