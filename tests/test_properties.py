@@ -8,7 +8,7 @@ from small import EVERY_CARRY, EVERY_CASE, V, all_logits, assert_equal, make_cas
 from small import SEGMENT as l
 
 from lib.contract import blank_carry
-from lib.rows import rowwise
+from lib.rows import as_tuple, rowwise
 
 @EVERY_CASE
 def test_the_equations(name):
@@ -18,9 +18,10 @@ def test_the_equations(name):
 
 @EVERY_CARRY
 def test_chunks_with_the_carry_passed_equal_one_call(name):
-    """And a carry has the same size wherever it is valid."""
+    """And a carry has the same size wherever it is valid, and is no view of all that was read."""
     model, idx = make_case(name), tokens(3, 8 * l)
     whole, _, last = model(idx, idx)
+    assert all(c.untyped_storage().nbytes() < 3 * c.nbytes for c in as_tuple(last))
     for sizes in ([l, 7 * l], [2 * l, 3 * l, 3 * l], model.unit):
         parts, carry = [], None
         for chunk in idx.split(sizes, dim=1):
