@@ -31,7 +31,8 @@ class XLBlock(GlobalBlock):
         """x, memory (B, l, C): h_s^{n-1}, h_{s-1}^{n-1} -> h_s^n, and x as the next memory."""
         if memory is not None and self.stop:
             memory = memory.detach()  # SG of (a)
-        return super().forward(memory, x, frozen=True)[1], x.clone()  # (b), (c)
+        output = super().forward(memory, x, frozen=True)[1]  # (b), (c)
+        return output, x.clone()  # a view would keep all that was read
 
 class TransformerXL(Peer):
     """The carry is a segment a layer: n_layer times (B, l, C)."""

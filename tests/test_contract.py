@@ -69,7 +69,7 @@ EDITS = (MLP, halved), (CausalSelfAttention, scaled)
 @pytest.mark.parametrize('kind, sizes, edits', [
     ('gpt', {'block_size': 30}, EDITS), ('fold', {}, EDITS), ('fold', {'segment_size': 20}, EDITS),
     ('gpt', {'block_size': 30, 'window': 6}, EDITS), ('fold', {'carry': 'gated'}, EDITS),
-    *(('fold', SOME_KEYS[i], EDITS) for i in (4, 8))])
+    *(('fold', SOME_KEYS[i], EDITS) for i in (4, 8)), ('queued_fold', {}, EDITS)])
 def test_an_edit_to_model_py_holds_everywhere(kind, sizes, edits, monkeypatch):
     """Training loss and gradient, evaluation loss and what is written change, and all of them are
     those of the edited forward pass; the caches go on serving."""
