@@ -109,7 +109,8 @@ def measure_generation(s):
     model, ours = load_model(checkpoint, device=s.device).eval(), checkpoint['model_type']
     require({'n_layer', 'n_head', 'n_embd'} <= {*vars(model.config)}, f'{ours!r} has not the sizes '
             f'of a GPT, so that none of its size can be measured beside it')
-    gpt = make_model('gpt', {**vars(model.config), 'block_size': W}).to(s.device).eval()
+    gpt = make_model('gpt', {**vars(model.config), 'block_size': W, 'window': 0})
+    gpt = gpt.to(s.device).eval()
     idx = torch.randint(gpt.config.vocab_size, (1, n + W)).to(s.device)
     nets = {ours: model, f'GPT of window {W}': gpt}
     states = {(name, c): state for name, net in nets.items()

@@ -310,6 +310,8 @@ def main(s):
     c = read_comparison(s.comparison)
     if s.seeds:
         c['seeds'] = numbers('seeds', s.seeds)
+    chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
+    require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or result_path(name, False)
     own_folder(folder)
@@ -321,8 +323,6 @@ def main(s):
     end_on_signals()  # until work_on() answers them, and short runs end, too
     needed = c['budgets'] and not s.quick
     runs = plan(c, folder, asyncio.run(calibrate(s, c, folder)) if needed else {}, s.quick)
-    chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
-    require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
     wanted = [run for run in runs if run.name in chosen]
     asyncio.run(work_on(s, wanted))
     require(any(run.complete() for run in wanted),

@@ -73,7 +73,7 @@ def main(p):
     check_reading(model)
     folder, data = os.path.dirname(path), saved.get('data', {})
     name = os.path.basename(folder)
-    if p.init_from or os.path.basename(path) not in ckpt.FILES:  # no run: its folder stays as it is
+    if p.file or p.init_from or os.path.basename(path) not in ckpt.FILES:  # not a run's own result
         folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)
         os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
@@ -95,10 +95,11 @@ def main(p):
     found = task.probe(model, saved, p, device)
     metrics = {**found['metrics'], 'parameters': metric(count_parameters(model)),
                'updates': metric(saved.get('iter_num'))}
-    settings = {**p.as_dict(), **config, 'init_from': p.init_from, 'data': corpus,
+    seed = config.get('seed', p.seed)  # the model's; the probe has one of its own
+    settings = {**config, **p.as_dict(), 'seed': seed, 'probe_seed': p.seed, 'data': corpus,
                 'model_args': saved['model_args']}
-    save_record(target, make_record(found['what'], settings, [config.get('seed', p.seed)], metrics,
-                                    found['curves'], found['notes'], device=device))
+    save_record(target, make_record(found['what'], settings, [seed], metrics, found['curves'],
+                                    found['notes'], device=device))
     say(f'written to {os.path.relpath(target)}')
     for i, (title, curve) in enumerate(found['curves'].items()):
         if curve['points']:

@@ -72,10 +72,10 @@ def file_blocks(name):
                 held += decoder.decode(block)
                 # cut where a word ends: the pieces of GPT-2's tokenizer never reach across
                 ends = [match.start() for match in re.finditer(r'(?<=\S)\s', held)]
-                cut = ends[-1] if ends else len(held) // BLOCK * len(held)
+                cut = ends[-1] if ends else len(held) if len(held) >= BLOCK else 0
                 yield held[:cut]
                 held = held[cut:]
-            yield held + decoder.decode(b'', final=True)
+            yield held + decoder.decode(b'', final=not stop.signal)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise SystemExit(f'error: cannot read the prompt {name!r}: {reason}') from None

@@ -10,7 +10,6 @@ common = dict(dataset='python', n_local=3, n_global=1, n_layer=4, n_head=4, n_em
               segment_size=12, block_size=384, batch_size=4, learning_rate=2e-3, min_lr=1e-4)
 _fold = dict(model_type='fold', position='rotary', local='sliding')  # that of the front page
 _queued = {**_fold, 'model_type': 'queued_fold'}
-_older = dict(model_type='fold', n_local=1, n_global=3)
 # windows are cut from stretches of 384 tokens: every run sees the same text in the same order
 runs = {
     'fold': _fold,
@@ -18,10 +17,9 @@ runs = {
     'fold with a queue': _queued,
     'fold with a queue, without recurrence': {**_queued, 'past': 'local'},
     'sliding window of 12': dict(model_type='gpt', position='rotary', window=12),
+    'sliding window of 48': dict(model_type='gpt', position='rotary', window=48),
     'LSTM': dict(model_type='lstm', position='none', learning_rate=8e-3, min_lr=4e-4),
     'Gated DeltaNet': dict(model_type='deltanet', position='none'),
-    'fold, 1 + 3 layers, learned positions': _older,
-    'the same, carry dropped': {**_older, 'past': 'none'},
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=384),
     'GPT, window 384': dict(model_type='gpt'),
