@@ -50,14 +50,14 @@ sizes = '2+2x128x4,6+6x384x6'  # local+global layers x channels x heads; memory:
 segment_size = 12     # tokens of a segment
 vocab_size = 65       # tiny Shakespeare's characters
 batch_size = 16       # sequences of an update
-largest_batch = 0     # for the speed: four times as many, up to so many, while tokens/s grow by 5 %
+largest_batch = 0     # speed: also 4, 16, ... times as many, up to this, while tokens/s grow by 5 %
 bptt_segments = 16    # segments of a chunk of a truncated side
 window = 192          # tokens of a sequence, for the speed
 starts = 3            # processes of each side, the sides taking turns
 steps = 20            # updates between two readings of the clock; of larger batches fewer, not
                       # fewer than 5
 block_sizes = '192,384,768,1536,3072,6144,12288,24576,49152'  # tokens of a sequence, for memory
-memory_limit_gb = 4.0  # points that would need more, if it grows as the length does, are left out
+memory_limit_gb = 4.0  # lengths that are likely to need more are left out: memory grows with length
 products = 'auto'     # as in train.py
 compile = 'auto'      # as in train.py
 

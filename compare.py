@@ -44,7 +44,7 @@ record = False       # write into results/ as well, which the docs are made from
 data_dir = 'data'    # folder of the prepared data sets
 device = 'auto'      # 'auto' takes cuda, mps or cpu, the first that is there
 
-# of a comparison file, with what they are if it does not say; runs without probe are not probed
+# keys of a comparison file, and their defaults; without `probe` runs are not probed
 KEYS = {'seeds': [1337], 'tokens': 0, 'updates': 0, 'budgets': [], 'common': {}, 'runs': {},
         'probe': {}, 'prompts': [], 'new_tokens': 200}
 BUDGETS = 'flops', 'seconds'  # equal to the first run's, beside equal tokens: runs of their own
@@ -174,6 +174,10 @@ def settings_of(c, name):
             f'the tokens of an update, divides tokens={c["tokens"]}, not {sizes}')
     return settings, update
 
+def few_tokens(settings):
+    """Tokens to score where a run is short."""
+    return 2000 + 2 * settings['block_size']
+
 def folder_of(folder, *names):
     return Path(folder, '_'.join(re.sub(r'\W+', '_', str(name)).strip('_') for name in names))
 
@@ -192,7 +196,7 @@ def plan(c, folder, costs, quick=False):
         iters = 4 if quick else c['updates'] or max(1, round(c['tokens'] * share / update))
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}),
-                        **({'eval_tokens': 3000} if quick and c['tokens'] else {}))
+                        **({'eval_tokens': few_tokens(settings)} if quick and c['tokens'] else {}))
         results, full = {'record.json': {}}, budget == base
         if full and c['probe']:
             results['probe.json'] = asked
@@ -223,8 +227,8 @@ async def call(s, script, **flags):
     return printed
 
 async def calibrate(s, c, folder):
-    """What a token costs each run, {name: {'flops': FLOPs, 'seconds': wall clock}}: from short runs
-    in turns, as many at a time as later; kept in the folder, with what it was measured of."""
+    """What a token costs each run, {run: {'flops': FLOPs, 'seconds': wall clock}}: of short runs in
+    turns, s.jobs at a time; kept in the folder, with the settings that were measured."""
     path, slots = Path(folder, 'calibration.json'), asyncio.Semaphore(s.jobs)
     check_place(path, b'"flops": ')
     costs, (tokens, rounds) = read_json(path), CALIBRATION
@@ -236,7 +240,7 @@ async def calibrate(s, c, folder):
         settings['compile'] = choose_compile(settings.get('compile', 'auto'),  # of the long run
                                              pick_device(s.device), c['tokens'] // update)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
-                 'eval_tokens': 2000 + 2 * settings['block_size'], 'overwrite': True,
+                 'eval_tokens': few_tokens(settings), 'overwrite': True,
                  'data_dir': s.data_dir, 'out_dir': where}
         try:
             async with slots:

@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# A CPU uses torch's fused attention from so many keys on, a GPU always. attend() has both ways: who
-# changes one changes the other.
+# On a CPU torch's fused attention is used from this many keys on, on a GPU always. attend() has
+# both ways: change them together.
 FUSED_FROM = 129
 
 def one_of(config, **choices):
@@ -47,7 +47,7 @@ class GPTConfig:
     rotary_base: float = 10000.0  # of rotary positions: the larger, the slower the slowest turn
     window: int = 0         # tokens that a layer sees, sliding; 0: the whole block
     gelu: str = 'none'      # how GELU is approximated: 'none', or 'tanh', as in OpenAI's GPT-2
-    border: int = -1        # token at which a document begins, to all that read (lib/); -1: none
+    border: int = -1        # token that begins a document: lib/ forgets what was before; -1: none
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -173,8 +173,7 @@ class CausalSelfAttention(nn.Module):
         return (torch.dropout(weights, p, self.training) @ v).view(A, B, n, D)
 
 def cached(make):
-    """make, with its results kept by their arguments; torch.compile takes them for constants, as
-    lib/device.py tells it."""
+    """make, memoized. torch.compile takes its results for constants, as lib/device.py tells it."""
     kept = lru_cache(torch.inference_mode(False)(make))  # so that training can use it
     return lambda *args: kept(*args)
 
@@ -186,9 +185,8 @@ def band(n, S, window, dtype, device):
 
 @cached
 def rotary(places, D, base, dtype, device):
-    """Cosines and signed sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), the
-    last of which is 0, for heads of D channels, of which i and i + D/2 are turned together:
-    (2, places, D)."""
+    """Cosines and signed sines, (places, D) each, of the rotary positions 1 - places, ..., 0 (Su et
+    al. 2021, arXiv 2104.09864, eq. 34). Channels i and i + D/2 are turned together."""
     speeds = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)  # radians a place
     angles = torch.arange(1 - places, 1)[:, None] * speeds.repeat(2)
     signs = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)

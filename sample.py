@@ -28,7 +28,7 @@ start = '\n'          # prompt, may be empty; \n and \t as one writes them, \\ f
                       # FILE:path reads it from a file, FILE:- from standard input
 num_samples = 1       # texts to write
 max_new_tokens = 500  # tokens of each; 0 only reads the prompt
-temperature = 0.8     # below 1 bolder, above 1 wilder; 0 always takes the likeliest token
+temperature = 0.8     # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k = 0             # sample from the k likeliest tokens only; 0 from all
 top_p = 0.0           # sample from the fewest tokens with this share of the probability; 0 from all
 seed = 0              # of the sampling; 0 goes on with a loaded state's, and is 1337 without one

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import at_least, configure, merge, one_of, show
+from configurator import at_least, configure, defaults_of, merge, one_of, show
 from lib import checkpoint as ckpt
 from lib import device as machine
 from lib import processes
@@ -97,7 +97,7 @@ compile = 'auto'            # 'off'; 'kernels', torch.compile of the blocks; 'gr
                             # CUDA, a micro-step as one graph; 'auto', kernels of a long run there
 threads = 0                 # CPU threads of each process; 0: as many as there are idle cores
 
-# of a resumed run: what stays as it was, beside the model's sizes; and what is of this call alone
+# on resuming: keys that stay as saved, as the model's sizes do; and keys that are this call's own
 FIXED = ('task', 'model_type', 'seed', 'dataset', 'set_aside', 'document', 'eval_tokens',
          'segment_size', 'filler', 'symbols', 'key_length', 'names', 'cups', 'every', 'regular',
          'hops', 'line', 'lengths', 'vocabulary')
@@ -106,7 +106,8 @@ HERE = ('init_from', 'overwrite', 'out_dir', 'device')
 load_to_resume = cache(ckpt.load_to_resume)  # which parts() and the set-up both ask for
 
 def parts(known):
-    """Whose settings are keys as well: the task, and the config of the model; a resumed run's."""
+    """The module of the task and the config class of the model, whose settings are keys as well; on
+    resuming, the saved run's."""
     task, model_type = known.task, known.model_type
     if known.init_from == 'resume':
         saved = load_to_resume(os.path.join(ROOT, known.out_dir))['config']
@@ -166,8 +167,8 @@ def train_step(it):
     return loss, tokens
 
 def stop_unless_finite(value, what):
-    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped; ckpt.pt in '
-            f'{out_dir} is from before. A lower learning_rate than {s.learning_rate} usually helps')
+    require(math.isfinite(value), f'{what} is {value} at iteration {run.done}: stopped; what was '
+            f'saved before is kept. A lower learning_rate than {s.learning_rate} usually helps')
 
 def write_log(**record):
     """Append one JSON record to log.jsonl."""
@@ -177,8 +178,8 @@ def write_log(**record):
     from_writer(write)
 
 def keep_of_log(record):
-    """Whether a record of the log stays when the run goes on: later updates go, and so does an
-    evaluation that is made again."""
+    """Whether a record of the log stays when the run goes on: not those of updates after the
+    checkpoint, nor an evaluation that will be repeated."""
     again = (run.pending or run.done >= s.max_iters) and 'val_loss' in record
     return record.get('iter', math.inf) + again <= run.done
 
@@ -192,7 +193,7 @@ def evaluate():
     stop_unless_finite(loss, 'the validation loss')
     is_best, run.best = loss <= run.best, min(run.best, loss)
     write_log(iter=run.done, tokens=run.tokens, **run.val)
-    standing = 'the best so far' if is_best else f'best {run.best:.4f}'
+    standing = 'the best so far' if is_best else 'not the best'
     say(f'iter {run.done}: {job.describe(run.val)} ({standing}){job.note}')
     run.pending = False
     save(is_best)
@@ -305,7 +306,10 @@ else:
             'same')
     own = ('block_size', 'segment_size', 'n_local', 'n_global', 'local', 'past', 'carry',
            'window', 'dropout')
-    sizes = {**{key: getattr(s, key) for key in own}, 'border': job.sizes.get('border', -1)}
+    after, before = (defaults_of(find_model(kind)[0])
+                     for kind in (s.model_type, checkpoint['model_type']))
+    sizes = {key: getattr(s, key) for key in {*own, *after.keys() - before.keys()}}
+    sizes['border'] = job.sizes.get('border', -1)
     model = ckpt.load_model(checkpoint, s.model_type, **sizes)
     notes += [f'init_from: {key} stays {value!r}' for key, value in vars(model.config).items()
               if key in s.given and key not in own and getattr(s, key) != value]
@@ -348,6 +352,8 @@ if s.init_from == 'resume':
     except Exception as error:  # whatever a file can hold in place of these
         raise SystemExit(f'error: {last_path} cannot be resumed: it is damaged ({error!r:.60}); '
                          f'{ckpt.WAY_ON.format(last_path)}') from None
+checkpoint = None  # its weights need not stay in memory
+load_to_resume.cache_clear()
 made_by = {**provenance(device), 'processes': WORLD, 'compiled': compile}
 start = {'event': 'start', 'iter': run.done, 'config': s.as_dict(),
          'parameters': count_parameters(model), **job.data, **made_by}

@@ -29,10 +29,11 @@ class RandomSequences:
         return torch.randint(low, high, shape, generator=self.generator)
 
 class MemoryTask:
-    """A task of random sequences, each process with its own. A class of it has KEPT, the names of
-    its numbers that go on when a run is resumed; measure(), which returns the recall of fresh
-    sequences and their number; asked, what they are asked for."""
+    """A task of random sequences, each process with its own. A class of it has measure(), which
+    returns the recall of fresh sequences and their number; asked, what they are asked for; and, if
+    it has more numbers that are saved and restored, KEPT, their names."""
 
+    KEPT = ('recall',)
     tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0
     SEGMENT = 'segment_size'  # the setting that says how many tokens a segment has
 
@@ -62,6 +63,9 @@ class MemoryTask:
         share, n = from_writer(self.measure)
         self.model.train()
         return {'val_loss': 1 - share, 'val_error': math.sqrt(share * (1 - share) / n)}
+
+    def figures(self):
+        return {'recall': round(self.recall, 4)}
 
     def describe(self, figures):
         return f"{1 - figures['val_loss']:.3f} of {self.asked}"
@@ -98,13 +102,14 @@ class WalkingTask(MemoryTask):
 
     KEPT = 'stage', 'recall'
 
-    def __init__(self, s, sequences):
+    def __init__(self, s, make):
+        """make(seed, split) -> sequences of 'train' or 'val'."""
         at_least(s, longest=1, first=1, probe_distance=0, leave=0.0)
         require(max(s.grow_at, s.leave) <= 1,
                 f'grow_at={s.grow_at} and leave={s.leave} are shares, at most 1')
         require(s.first <= s.longest, f'first={s.first} is more than longest={s.longest}')
-        super().__init__(s, sequences)
-        self.l, self.stage = getattr(s, self.SEGMENT), s.first
+        super().__init__(s, make(s.seed + APART * RANK, 'train'))
+        self.make, self.l, self.stage = make, getattr(s, self.SEGMENT), s.first
 
     def backward(self):
         F, old = self.stage, self.walkers
@@ -139,7 +144,7 @@ class WalkingTask(MemoryTask):
 
     def figures(self):
         ages = self.walkers.age.tolist() if self.walkers else []
-        return {'segments': self.stage, 'recall': round(self.recall, 4), 'walkers': len(ages),
+        return {'segments': self.stage, **super().figures(), 'walkers': len(ages),
                 'mean_age': round(sum(ages) / max(1, len(ages)))}
 
 def answer(model, x, y, carry, device):

@@ -10,10 +10,10 @@ from lib.contract import blank_carry, border, carries, unit
 from lib.rows import Rows, rowwise
 from model import FUSED_FROM
 
-TINY = torch.finfo(torch.float32).tiny  # a temperature that nothing can be divided by
+TINY = torch.finfo(torch.float32).tiny  # temperatures below it count as 0
 TOKENS_PER_CALL = 6144  # of all rows: more in one call leave a CPU's caches, and take longer
 MOST_TRIED = 2048  # tokens of one call, where a model is tried out
-FEW_TOKENS = 64  # up to which oneDNN takes longer to call than to compute, on a CPU
+FEW_TOKENS = 64  # up to so many, calling oneDNN costs more than it saves
 
 def new_state(model, B=1):
     """The state of B rows of which nothing has been read: Rows of

@@ -19,8 +19,9 @@ from models.peer import Peer, PeerConfig
 
 @dataclass
 class FeedbackConfig(PeerConfig):
+    """Sizes of a Feedback Transformer. Raises ValueError."""
     memory: int = 12          # tau, tokens whose memory is seen
-    position: str = 'rotary'  # in the memory, for 'learned' as well; or 'none'
+    position: str = 'rotary'  # in the memory; 'learned' becomes this; or 'none'
 
     def __post_init__(self):
         self.position = 'rotary' if self.position == 'learned' else self.position

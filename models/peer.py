@@ -35,13 +35,14 @@ class PlacelessConfig(PeerConfig):
         super().__post_init__()
 
 class Peer(GPT):
-    """A GPT that reads `unit` tokens, or `at_once` if a memory is exact anywhere, and then moves
-    the memory on: its carry, of one tensor a layer if step() does not say otherwise."""
+    """A GPT that reads a piece and then updates its memory, the carry: one tensor a layer unless
+    step() says otherwise. A piece is `unit` tokens, or `at_once` where a memory is exact after any
+    token."""
     attention = CausalSelfAttention  # of a layer; as `before` it takes the memory, or None
     at_once = 0
 
     def layout(self, config, width=0):
-        """As GPT's; width: of the MLPs, where they are to make up for what is no GPT's."""
+        """As GPT's; width: of the MLPs, chosen so that the parameters number a GPT's."""
         blocks = [Block(config) for _ in range(config.n_layer)]
         for block in blocks:
             block.attn = self.attention(config)

@@ -20,18 +20,18 @@ from models.cached import FoldGPT, room, run_cached
 
 @dataclass
 class QueuedConfig(FoldConfig):
-    """Sizes of a fold with a queue. Raises ValueError."""
-    local: str = 'sliding'
-    past: str = 'frozen'
+    """Sizes of a fold with a queue. local becomes 'sliding', and past 'frozen' if it was to evolve.
+    Raises ValueError."""
     queue: int = 16           # segments whose tokens are kept
     queue_channels: int = 32  # numbers that are kept of a token
 
     def __post_init__(self):
+        self.local = 'sliding'
+        self.past = 'frozen' if self.past == 'evolving' else self.past
         super().__post_init__()
-        evolves = self.past == 'evolving' and self.n_global > 1
-        if self.local != 'sliding' or self.n_local < 1 or evolves:
-            raise ValueError("a fold with a queue takes local='sliding', n_local of 1 or more and, "
-                             "with several global layers, past='frozen'")
+        if self.n_local < 1 or self.past == 'none':
+            raise ValueError("a fold with a queue takes n_local of 1 or more, and past='frozen' "
+                             "or, without recurrence, 'local'")
 
 class QueuedFold(FoldGPT):
     """The carry is (X^s_{N,N} (B, l, C), the queue (B, queue * l, queue_channels), and what local
@@ -73,8 +73,8 @@ class QueuedFold(FoldGPT):
         return torch.stack([b.attn.keys_and_values(b.ln_1(x)) for b in blocks], dim=1)
 
     def window(self, far, past):
-        """What stands before the current half: the queue and, if it is read, the past half."""
-        return far if self.config.past == 'none' else torch.cat((far, self.seen(past)), dim=4)
+        """What stands before the current half: the queue and the past half."""
+        return torch.cat((far, self.seen(past)), dim=4)
 
     def globally(self, before, current, caches=None):
         """The global transformer after keys and values `before`; None if the cache has them."""
@@ -83,8 +83,7 @@ class QueuedFold(FoldGPT):
 
     def new_cache(self, B):
         """Of the global layers alone: the carry has what the others keep."""
-        before = self.places + self.config.segment_size * (self.config.past != 'none')
-        return room(self, B, self.config.n_global, before + self.config.segment_size)
+        return room(self, B, self.config.n_global, self.places + 2 * self.config.segment_size)
 
     def extend(self, idx, place, carry, cache, first):
         """As FoldGPT's."""

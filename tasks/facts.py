@@ -16,15 +16,15 @@ from lib.console import require
 from lib.memory import RandomSequences
 from prepare import Tokenizer
 from tasks import track
-from tasks.needle import read_known, read_split
+from tasks.needle import read_known, read_splits
 
 hops = 1                # facts that an answer takes: 1 or 2
 every = 4               # lines from a fact to the next, on average
 line = 48               # tokens of a line: one question, and at most one fact
 dataset = 'shakespeare'  # its training split is the text of training, its validation split of tests
 data_dir = 'data'       # folder of the prepared data sets
-longest = 8             # lines of a new sequence, less one, once the curriculum has grown
-first = 1               # lines with which the curriculum starts, less one
+longest = 8             # lines of a new sequence, less hops, once the curriculum has grown
+first = 1               # lines with which the curriculum starts, less hops
 grow_at = 0.9           # share of new sequences with no wrong answer at which the curriculum grows
 leave = 0.01            # share of the walking sequences that leave at an update, though right
 probe_distance = 192    # tokens of text after which answers are evaluated in training
@@ -150,14 +150,13 @@ class Task(track.Task):
         require(s.hops <= 2, f'hops={s.hops}: 1 or 2 facts')
         require(s.block_size >= s.hops * s.line, f'block_size={s.block_size} must be at least '
                 f'hops={s.hops} lines of line={s.line} tokens')
-        splits = {name: read_split(s, name) for name in ('train', 'val')}
-        meta = splits['train'][1]
+        texts, meta = read_splits(s)
         spec = self.tokenizer = meta['tokenizer']
         words = {*''.join((*PEOPLE, *PLACES, *THINGS, IS, HAS, ASKS))} - {*'{}'}
         unknown = sorted(words - {*spec.get('chars', words)})
         require(not unknown, f'data set {s.dataset!r} has no {str(unknown)[1:-1]}: facts take a '
                              f'text that has all these letters')
-        super().__init__(s, lambda seed, name: Sequences(s, seed, splits[name][0], spec))
+        super().__init__(s, lambda seed, name: Sequences(s, seed, texts[name], spec))
         self.data = {'dataset': s.dataset, 'sha256': meta['sha256']}
 
     def new(self, F):
@@ -167,6 +166,6 @@ def probe(model, saved, p, device):
     """Right answers against tokens of text since all was told, the validation split or p.file: the
     settings distances, sequences, far and far_sequences of p."""
     s, spec = SimpleNamespace(**saved['config']), saved['tokenizer']
-    text = read_known(p.file, spec)[0] if p.file else read_split(s, 'val')[0]
+    text = read_known(p.file, spec)[0] if p.file else read_splits(s)[0]['val']
     return track.found(model, lambda seed, split: Sequences(s, seed, text, spec), s.seed,
                        1 / len(PLACES), p, device)

@@ -26,7 +26,6 @@ from lib.memory import (
     measure_distances,
     share,
 )
-from lib.processes import RANK
 from lib.records import metric
 from lib.rows import Rows
 from lib.streaming import new_state, read_
@@ -97,23 +96,27 @@ class Sequences(RandomSequences):
         start = self.integers(T - tail, T - self.key_length + 1, len(keys))
         return x, self.put_question(x, keys, start)
 
-def make_sequences(s, split, seed):
-    """Sequences whose filler, if it is text, is from the 'train' or 'val' split of the data set."""
+def maker(s):
+    """make(seed, split) -> Sequences whose filler, if it is text, is of the 'train' or 'val' split
+    of the data set."""
     if s.filler == 'symbols':
-        return Sequences(seed, s.key_length, s.symbols)
-    text, meta = read_split(s, split)
-    return Sequences(seed, s.key_length, first_digit(meta['tokenizer']), text, meta)
+        return lambda seed, split: Sequences(seed, s.key_length, s.symbols)
+    texts, meta = read_splits(s)
+    first = first_digit(meta['tokenizer'])
+    return lambda seed, split: Sequences(seed, s.key_length, first, texts[split], meta)
 
 def first_digit(spec):
     """The token of the digit 0 among a text: the first beyond characters; of GPT-2's byte pairs, so
     that its weights fit, the byte 14, as no text has those from there on to 25."""
     return 202 if spec['kind'] == 'gpt2' else Tokenizer(spec).vocab_size
 
-def read_split(s, split):
-    """The ids of a split of the data set (N,), and its meta."""
+def read_splits(s):
+    """The ids of the data set, {'train', 'val': (N,)}, and its meta; to be called by all processes.
+    """
     folder, meta = on_all_machines(lambda: open_data(s, s.dataset))
-    ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
-    return torch.from_numpy(ids.astype(np.int64)), meta
+    texts = {split: np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
+             for split in ('train', 'val')}
+    return {split: torch.from_numpy(ids.astype(np.int64)) for split, ids in texts.items()}, meta
 
 class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
@@ -123,7 +126,7 @@ class Task(WalkingTask):
         one_of(s, filler=('symbols', 'text'))
         require(s.key_length < s.segment_size, f'key_length={s.key_length}: a key and its question '
                 f'must fit into two segments of {s.segment_size}')
-        super().__init__(s, make_sequences(s, 'train', s.seed + APART * RANK))
+        super().__init__(s, maker(s))
         self.asked = f'the keys recalled after {s.probe_distance} tokens'
         if s.filler == 'text':
             meta = self.sequences.meta
@@ -172,14 +175,14 @@ class Task(WalkingTask):
 
     def measure(self):
         d, n = self.s.probe_distance, 200
-        return recalled(self.model, self.s, [d], n, self.device)[d] / n, n
+        return recalled(self.model, self.make, self.s, [d], n, self.device)[d] / n, n
 
-def recalled(model, s, distances, n, device):
+def recalled(model, make, s, distances, n, device):
     """{d: sequences answered right with d tokens of filler between key and question}: n fresh ones
-    of the test split, each asked, aside, at all distances, which rise. Their keys start at all
+    of make(seed, split), each asked, aside, at all distances, which rise. Their keys start at all
     places of a segment, equally often."""
     right, l, k = dict.fromkeys(distances, 0), s.segment_size, s.key_length
-    test = make_sequences(s, 'val', s.seed + APART * (1 + n))
+    test = make(s.seed + APART * (1 + n), 'val')
     ahead, progress = l - 1 + k, Progress('recall', n * distances[-1])  # until all have been asked
     for rows in torch.arange(n).split(50):
         B, lead = len(rows), rows % l
@@ -212,13 +215,14 @@ def probe(model, saved, p, device):
     s = SimpleNamespace(**saved['config'])
     if p.file:
         return find_in_file(model, saved, p, device)
+    make = maker(s)
     return measure_distances(p, 'recall', DIGITS ** -s.key_length,
                              'tokens of filler between key and question', 'keys recalled',
-                             lambda some, n: recalled(model, s, some, n, device))
+                             lambda some, n: recalled(model, make, s, some, n, device))
 
 def read_known(path, spec):
-    """The ids of a text file (N,), its characters, and how many of them the vocabulary has not,
-    which are read as spaces. Raises SystemExit if they are the half of it."""
+    """The ids of a text file (N,), its characters, and how many of them are not in the vocabulary
+    and are read as spaces. Raises SystemExit if they are half of it or more."""
     text = read_text(path)
     unknown = {*text} - {*spec.get('chars', text)}
     replaced = sum(map(text.count, unknown))

@@ -22,7 +22,6 @@ from lib.memory import (
     answer,
     measure_distances,
 )
-from lib.processes import RANK
 from lib.rows import Rows
 from lib.streaming import new_state, read_
 
@@ -97,8 +96,7 @@ class Task(WalkingTask):
         """make(seed, split) -> sequences as above, of 'train' or 'val'."""
         if make is None:
             at_least(s, cups=2, every=1, symbols=1, segment_size=2)
-        self.make = make or (lambda seed, split: Sequences(s, seed))
-        super().__init__(s, self.make(s.seed + APART * RANK, 'train'))
+        super().__init__(s, make or (lambda seed, split: Sequences(s, seed)))
         self.asked = f'the answers after {s.probe_distance} tokens'
 
     def start(self, model, device, autocast):

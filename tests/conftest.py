@@ -142,6 +142,15 @@ def trained(train, tmp_path, tmp_path_factory):
     return trained
 
 @pytest.fixture
+def compiler(monkeypatch):
+    """compiler(backend): torch.compile with it, until the test ends."""
+    real = torch.compile
+    yield lambda backend: monkeypatch.setattr(
+        torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    torch.compiler.reset()
+    torch.compiler.set_stance('default')
+
+@pytest.fixture
 def model_dir(trained):
     """A folder that holds nothing but a trained model's checkpoint."""
     out = trained(learning_rate=3e-3, max_iters=30)

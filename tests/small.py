@@ -112,7 +112,6 @@ PEERS = {
     'feedback': dict(memory=SEGMENT, **TURNED), 'feedback, none': dict(memory=1, position='none'),
     'lstm': {}, 'queued_fold': dict(queue=2, queue_channels=5, **TURNED),
     'queued_fold, local': dict(queue=3, queue_channels=4, past='local', bias=False),
-    'queued_fold, none': dict(queue=1, past='none', **TURNED),
     'queued_fold, gated': dict(n_local=3, n_global=1, past='evolving', carry='gated', queue=2)}
 WHOLE = {'gpt': dict(block_size=21), 'gpt, rotary': dict(block_size=21, **TURNED)}
 CASES = {  # {name: kind and sizes} of every model

@@ -48,18 +48,17 @@ def test_training_records_who_multiplies_and_goes_on_with_it(train, tmp_path, mo
 
 @pytest.mark.filterwarnings('ignore')  # torch warns of itself
 @pytest.mark.parametrize('works', [True, False])
-def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, monkeypatch, works):
-    real, calls = torch.compile, []
+def test_what_is_compiled_computes_the_same_or_is_left_out(train, tmp_path, compiler, works):
+    calls = []
 
     def backend(graph, inputs):
         assert works, 'no compiler\nhere'
         return lambda *args: calls.append(1) or graph(*args)
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    compiler(backend)
     train(out_dir=tmp_path / 'a', n_global=2, max_iters=3)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # and all of it is
         for _ in range(1 if works else 2):  # a second trial is no better than the first
             done = train(compile='kernels', n_global=2, max_iters=3, overwrite=True)
-    torch.compiler.set_stance('default')
     assert done.code == 0 and (len(calls) > 10) == works, done.err
     assert ('does not work here (BackendCompilerFailed: ' in done.err) != works
     a, b = (load(tmp_path / name / 'last.pt')['model'] for name in ('a', 'out'))

@@ -19,7 +19,7 @@ from lib.scoring import token_losses
 
 EVERY = pytest.mark.parametrize('kind, sizes', [  # the last one's carry is a tuple
     *(('fold', SOME_KEYS[i]) for i in (0, 3, 7)), ('gpt', {}), ('gpt', {'window': SEGMENT}),
-    ('lstm', {}), ('recurrent', {})])
+    ('lstm', {}), ('recurrent', {}), ('queued_fold', {'queue': 2})])
 
 class Stand:
     """capture() of a CPU: what it returns computes anew, on the inputs and into the gradients and
@@ -52,10 +52,9 @@ def updates(model, step, T=4 * SEGMENT, **kwargs):
     found, carry = [], rowwise(torch.randn_like, blank_carry(model, 2))
     for _ in range(3):
         for _ in range(2):
-            loss, after = backpropagate(model, tokens(2, T), tokens(2, T), carry, share=0.3,
+            loss, carry = backpropagate(model, tokens(2, T), tokens(2, T), carry, share=0.3,
                                         step=step, **kwargs)
-            carry = after
-            found.append((loss, after))
+            found.append((loss, carry))
         found.append({name: grad.clone() for name, grad in gradients(model).items()})
     return found
 
@@ -146,26 +145,23 @@ def test_a_run_whose_capture_fails_says_that_nothing_is_compiled(train, tmp_path
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('factor', [1.0, 1.2])
-def test_blocks_are_compiled_for_a_graph_alone_and_rightly(monkeypatch, factor):
-    real, calls = torch.compile, []
+def test_blocks_are_compiled_for_a_graph_alone_and_rightly(compiler, factor):
+    calls = []
 
     def backend(graph, inputs):
         return lambda *x: calls.append(1) or [y * factor for y in graph(*x)]
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    compiler(backend)
     model = make().float()
-    try:
-        assert compile_blocks(model, 'graph', 'cpu') == 'graph'
-        updates(model, None)
-        assert not calls
-        step = Graphs(Stand(model))
-        updates(model, step)
-        assert calls and step.works == (factor == 1.0)
-    finally:
-        torch.compiler.set_stance('default')
+    assert compile_blocks(model, 'graph', 'cpu') == 'graph'
+    updates(model, None)
+    assert not calls
+    step = Graphs(Stand(model))
+    updates(model, step)
+    assert calls and step.works == (factor == 1.0)
 
 @pytest.mark.filterwarnings('ignore')
-def test_of_a_compiled_run_the_evaluation_is_not(train, monkeypatch):
-    real, calls, scored = torch.compile, [], []
+def test_of_a_compiled_run_the_evaluation_is_not(train, monkeypatch, compiler):
+    calls, scored = [], []
 
     def backend(graph, inputs):
         return lambda *x: calls.append(1) or graph(*x)
@@ -175,14 +171,10 @@ def test_of_a_compiled_run_the_evaluation_is_not(train, monkeypatch):
         losses = token_losses(*args)
         scored.append(len(calls) - before)
         return losses
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend=backend, **kwargs))
+    compiler(backend)
     monkeypatch.setattr('tasks.text.token_losses', score)
-    try:
-        assert train(compile='kernels', max_iters=2, eval_interval=1).code == 0
-        assert calls and scored == [0, 0]
-    finally:
-        torch.compiler.reset()
-        torch.compiler.set_stance('default')
+    assert train(compile='kernels', max_iters=2, eval_interval=1).code == 0
+    assert calls and scored == [0, 0]
 
 def test_a_run_with_captured_updates_has_the_weights_of_one_without(train, tmp_path, monkeypatch):
     stands = []

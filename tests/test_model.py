@@ -171,6 +171,7 @@ def test_calls_that_no_model_can_answer():
                             (make(), 3, torch.zeros(2, 2, C)), (small_gpt(), 0, None),
                             (small_gpt(), l + 1, None), (sliding, 3, short[0]),
                             (sliding, 3, torch.zeros(2, l, C)), (window, 3, short[1]),
-                            (queued, 3, short[2]), (queued, 3, (past, queue[:, 1:], kept))):
+                            (queued, 3, short[2]), (queued, 3, (past, queue[:, 1:], kept)),
+                            (queued, 0, None), (queued, 3, (past, queue[:1], kept))):
         with pytest.raises(ValueError, match='takes 1 token or more|cannot read|segment|slide'):
             model(tokens(2, T), carry=carry)

@@ -121,10 +121,10 @@ def test_words_and_where_they_stood_last():
 
 SMALL = '--histories=0,4,7,16 --bins=8,200 --targets=20 --resamples=50'.split()
 
-def test_the_script(train, run, tmp_path, data_dir):
+def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     train(max_iters=3, eval_interval=3)
     out, text = tmp_path / 'out', (data_dir / 'tiny.txt').read_bytes()[-400:]
-    small = [*SMALL, f'--data_dir={data_dir}', f'--out_dir={out}']
+    small = [*SMALL, f'--data_dir={data_dir}', f'--out_dir={out}', '--seed=5']
     done = run('probe.py', *small)
     assert done.code == 0 and done.out.splitlines()[0].endswith('measured on tiny')
     record, trained = load_record(str(out / 'probe.json')), load_record(str(out / 'record.json'))
@@ -139,8 +139,12 @@ def test_the_script(train, run, tmp_path, data_dir):
         refused = run('probe.py', *small, bad)
         assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
+    monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
+    assert load_record(out / 'probe.json') == record  # the run's own
+    other = load_record(out / 'probe_out' / 'probe.json')['settings']
+    assert (other['data'], other['seed'], other['probe_seed']) == ('bom.txt', 1337, 5)
 
 def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
                                                           tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ def test_streams_of_two_processes_that_nobody_reads_go_on_in_one(train, data_dir
 
 def test_needle_runs_stop_when_nobody_reads_on_and_resume_bit_for_bit(data_dir, tmp_path):
     """What each process saved is what it goes on with: resumed for no update, it saves the same."""
-    settings = dict(task='needle', eval_interval=15, max_iters=30, decay_from=1.0, threads=1)
+    settings = dict(task='needle', filler='text', eval_interval=15, max_iters=30,
+                    decay_from=1.0, threads=1)
     first, second = start(flags(tmp_path, data_dir, **settings))
     assert any(line.startswith('iter 3') for line in first.stdout)
     first.stdout = first.stdout.close()

@@ -92,7 +92,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, unt
     process = subprocess.Popen(
         [*SCRIPT, f'--out_dir={model_dir}', '--max_new_tokens=1000000', f'--start={start}',
          f"--save_state={tmp_path / 'state'}"], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0)
-    process.stdin.write(TEXT.encode())  # a prompt comes slowly
+    process.stdin.write(TEXT.encode() + b'\xc3')  # a prompt comes slowly: half a character
     said = b''
     while (b'tokens' if until == 'stderr' else b'ape') not in said:
         said += getattr(process, until).read(20) or pytest.fail(process.stderr.read().decode())

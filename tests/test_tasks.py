@@ -90,7 +90,7 @@ def test_a_streams_carry_is_that_of_one_long_forward(train, tmp_path):
 @pytest.mark.parametrize('filler', ['symbols', 'text'])
 def test_needle_sequences_hold_one_key_and_ask_for_it(data_dir, filler):
     s, T = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE).s, 60
-    task = needle.make_sequences(s, 'train', 1)
+    task = needle.maker(s)(1, 'train')
     x, y, keys, after = task.new(500, T, 24)
     asked = (x == task.ask).long().argmax(dim=1)
     for row, targets, key, end, ask in zip(*(z.tolist() for z in (x, y, keys, after, asked))):
@@ -106,14 +106,14 @@ def test_needle_sequences_hold_one_key_and_ask_for_it(data_dir, filler):
     assert (x == task.ask).sum() == 500 and (x == task.mark).sum() == 0
     assert torch.equal(y[y >= 0].view(500, 5), keys) and (y[:, :T - 24] == -1).all()
     if filler == 'text':  # of the split, round and round
-        train, test = (needle.make_sequences(s, split, 1) for split in ('train', 'val'))
+        train, test = map(partial(needle.maker(s), 1), ('train', 'val'))
         x, text = test.filling(2, 20, torch.tensor([3, len(test.text) - 5])), test.text
         equal(x, torch.stack((text[3:23], torch.cat((text[-5:], text[:15])))))
         assert not torch.equal(train.text[:50], text[:50])
 
 class Reader(torch.nn.Module):
-    """Its carry is what it has read, (B, 999), and how much that is, (B,); seven of ten rows that
-    it is asked, it answers right."""
+    """Its carry is what it has read, (B, 999), and how much that is, (B,). It answers seven rows of
+    ten right."""
 
     def __init__(self, task):
         super().__init__()
@@ -215,14 +215,14 @@ def finder(task, knows, starts):
 def test_recall_is_that_of_the_model_at_every_distance(data_dir, filler, monkeypatch):
     task, starts = make_task('needle', data_dir=data_dir, filler=filler, **NEEDLE), set()
     monkeypatch.setattr('lib.streaming.FUSED_FROM', 3)  # so that it is tried on few tokens
-    made, make = [], needle.make_sequences
-    monkeypatch.setattr(needle, 'make_sequences', lambda s, *how: made.append(how) or make(s, *how))
+    made, make = [], task.make
+    task.make = lambda *how: made.append(how) or make(*how)
     scholar = finder(task.sequences, lambda d: d in (5, 7000), starts)
-    found = needle.recalled(scholar, task.s, [5, 30, 7000], 12, 'cpu')
+    found = needle.recalled(scholar, task.make, task.s, [5, 30, 7000], 12, 'cpu')
     assert found == {5: 12, 30: 0, 7000: 12} and starts == set(range(12))
     task.start(scholar, 'cpu', nullcontext())
     assert task.evaluate() == {'val_loss': 1.0, 'val_error': 0.0}
-    assert {split for split, _ in made} == {'val'} and all(seed != task.s.seed for _, seed in made)
+    assert {split for _, split in made} == {'val'} and all(seed != task.s.seed for seed, _ in made)
 
 def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
         data_dir, tmp_path, capsys, monkeypatch):
@@ -246,8 +246,8 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
 
 def test_keys_among_byte_pairs_are_of_tokens_that_gpt2_has_and_no_text(monkeypatch):
     meta = {'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50257}
-    monkeypatch.setattr(needle, 'read_split', lambda s, split: (torch.arange(150), meta))
-    sequences = needle.make_sequences(SimpleNamespace(**NEEDLE, filler='text'), 'train', 1)
+    monkeypatch.setattr(needle, 'read_splits', lambda s: ({'train': torch.arange(150)}, meta))
+    sequences = needle.maker(SimpleNamespace(**NEEDLE, filler='text'))(1, 'train')
     x = sequences.new(50, 24, 24)[0]
     assert sequences.vocab_size == 50257 and {*x[x >= 150].tolist()} == {*range(202, 214)}
 

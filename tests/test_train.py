@@ -151,6 +151,11 @@ def test_the_weights_of_either_model_start_the_other(train, tmp_path, source, ta
     equal({**a, wpe: a[wpe][:window]}, b)
     assert [last['config'][key] for key in ('n_embd', 'n_layer', 'bias')] == [16, 2, False]
 
+def test_a_key_that_the_checkpoint_has_not_is_taken_as_given(train, tmp_path):
+    assert train('gpt', out_dir=tmp_path / 'source', max_iters=0).code == 0
+    assert train('transformer_xl', init_from=tmp_path / 'source', stop=False, max_iters=0).code == 0
+    assert load(tmp_path / 'out' / 'last.pt')['model_args']['stop'] is False
+
 def test_without_network_another_data_set_is_used_and_named(train, tmp_path, monkeypatch, data_dir):
     """The one that is missing is prepared, once."""
     real, seen = prepare.prepare, []
