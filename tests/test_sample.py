@@ -87,10 +87,10 @@ def test_words_are_never_cut_between_two_blocks_of_a_prompt(sample, tmp_path, mo
     with pytest.raises(SystemExit, match='cannot read the prompt'):
         list(file_blocks('-'))
 
-@pytest.mark.parametrize('start, until', [('ape', 'stdout'), ('FILE:-', 'stderr')])
-def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, start, until):
+@pytest.mark.parametrize('prompt, until', [('ape', 'stdout'), ('FILE:-', 'stderr')])
+def test_ctrl_c_ends_cleanly_and_keeps_the_state(model_dir, tmp_path, prompt, until):
     process = subprocess.Popen(
-        [*SCRIPT, f'--out_dir={model_dir}', '--max_new_tokens=1000000', f'--start={start}',
+        [*SCRIPT, f'--out_dir={model_dir}', '--max_new_tokens=1000000', f'--start={prompt}',
          f"--save_state={tmp_path / 'state'}"], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0)
     process.stdin.write(TEXT.encode() + b'\xc3')  # a prompt comes slowly: half a character
     said = b''
