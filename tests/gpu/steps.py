@@ -84,7 +84,7 @@ class Steps:
                 'bfloat16': ['--dtype=bfloat16', '--position=rotary'],
                 **{kind: [f'--model_type={kind}'] for kind in MODELS
                    if kind not in ('fold', 'gpt')}}
-        tasks = {'needle': [], 'track': [], 'facts': [], 'pairs': ['--fresh=4'],
+        tasks = {'needle': [], 'track': [], 'facts': ['--block_size=48'], 'pairs': ['--fresh=4'],
                  'mqar': ['--vocabulary=64', '--lengths=32:4']}
         recall = '--distances=12,48', '--sequences=8', '--most=2', self.data
         alone = not TINY and torch.cuda.device_count() < 2
