@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# On a CPU torch's fused attention is used from this many keys on, on a GPU always. attend() has
-# both ways: change them together.
+# On a CPU torch's fused attention is used from as many scores on as so many tokens have among
+# themselves, on a GPU always. attend() has both ways: change them together.
 FUSED_FROM = 129
 
 def one_of(config, **choices):
@@ -163,7 +163,7 @@ class CausalSelfAttention(nn.Module):
         window = self.window or k.size(2)
         k, v = (x[:, :, -(n + window - 1):] for x in (k, v))  # what any of them sees
         S = k.size(2)
-        fused = n == 1 or S >= FUSED_FROM or q.is_cuda
+        fused = n == 1 or n * S >= FUSED_FROM ** 2 or q.is_cuda
         causal = 1 < n == S
         mask = None if fused and (n == 1 or causal) else band(n, S, window, q.dtype, q.device)
         if fused:

@@ -59,10 +59,10 @@ class QueuedFold(FoldGPT):
             raise ValueError('a fold takes 1 token or more, and the carry of a whole segment')
         x, kept = self.local(idx, kept)
         queue, outputs = torch.cat((queue, self.down(x)), dim=1), []
-        far = self.seen(self.up(queue))
+        far = self.seen(self.up(queue)).split(l, dim=4)  # a segment each
         for s, x_s in enumerate(x.split(l, dim=1)):
-            now = far[..., s * l:s * l + self.places, :]
-            outputs.append(self.carried(past, self.globally(self.window(now, past), x_s)))
+            before = self.window(far[s:s + c.queue], past)
+            outputs.append(self.carried(past, self.globally(before, x_s)))
             past = outputs[-1] if c.recurrent else x_s
         carry = past.clone(), queue[:, -self.places:].clone(), kept  # views would keep all of x
         return *self.head(torch.cat(outputs, dim=1), targets), carry
@@ -73,8 +73,8 @@ class QueuedFold(FoldGPT):
         return torch.stack([b.attn.keys_and_values(b.ln_1(x)) for b in blocks], dim=1)
 
     def window(self, far, past):
-        """What stands before the current half: the queue and the past half."""
-        return torch.cat((far, self.seen(past)), dim=4)
+        """What stands before the current half: the queue, in pieces, and the past half."""
+        return torch.cat((*far, self.seen(past)), dim=4)
 
     def globally(self, before, current, caches=None):
         """The global transformer after keys and values `before`; None if the cache has them."""
@@ -91,7 +91,7 @@ class QueuedFold(FoldGPT):
         past, queue, kept = carry
         blocks = list(self.transformer.h)[:c.n_local]
         x, kept = run_cached(self, blocks, self.embed(idx, place), place, kept, None, first)
-        before = None if place else self.window(self.seen(self.up(queue)), past)
+        before = None if place else self.window([self.seen(self.up(queue))], past)
         output = self.globally(before, x, cache[..., :cache.size(4) - c.segment_size + end, :])
         output = self.carried(past[:, place:], output)
         past[:, place:end] = output if c.recurrent else x

@@ -54,7 +54,7 @@ def read_in(model, idx, sizes, state):
 def test_in_any_pieces_it_is_the_teacher_forced_forward_pass(name, cached, monkeypatch):
     """Token by token, too, and beyond the window."""
     monkeypatch.setattr('lib.streaming.TOKENS_PER_CALL', 2 * 3 * l)
-    monkeypatch.setattr('model.FUSED_FROM', 65)
+    monkeypatch.setattr('model.FUSED_FROM', 33)
     T = 90 if 'long' in name else 8 * l + 2
     model, idx = make_case(name), tokens(2, T)
     expected, generator = oracle(model, idx), torch.Generator().manual_seed(1)
