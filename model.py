@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# On a CPU torch's fused attention is used from as many scores on as so many tokens have among
-# themselves, on a GPU always. attend() has both ways: change them together.
+# On a CPU torch's fused attention is used where queries times keys are at least FUSED_FROM ** 2, on
+# a GPU always. attend() has both ways: change them together.
 FUSED_FROM = 129
 
 def one_of(config, **choices):

@@ -14,6 +14,7 @@ import lib.start  # noqa: F401 (before torch)
 import os
 import re
 from glob import glob
+from pathlib import Path
 
 from configurator import Settings, at_least, configure, defaults_of, merge
 from lib import checkpoint as ckpt
@@ -37,7 +38,8 @@ seed = 1337         # of the bootstrap, and of the keys hidden in a file
 device = 'auto'     # 'auto' takes cuda, mps or cpu, the first that is there
 threads = 0         # CPU threads; 0: as many as there are idle cores
 # text
-file = ''           # text to score, or to hide a key in; '' is what belongs to the run
+file = ''           # text to score, or to hide a key in, with a result of its own under out/; ''
+                    # is what belongs to the run
 histories = '0,12,24,36,48,60,72,96,120,144,168,192,240,288'  # tokens before a segment, rounded up
                     # to whole segments; the last is the reference
 segment = 12        # tokens of a target segment, where the model has no segments of its own
@@ -72,7 +74,7 @@ def main(p):
     model = ckpt.load_model(saved, device=device).eval()
     check_reading(model)
     folder, data = os.path.dirname(path), saved.get('data', {})
-    name = os.path.basename(folder)
+    name = os.path.basename(folder) + (p.file and f'_{Path(p.file).stem}')
     if p.file or p.init_from or os.path.basename(path) not in ckpt.FILES:  # not a run's own result
         folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)
         os.makedirs(folder, exist_ok=True)

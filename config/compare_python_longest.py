@@ -2,7 +2,7 @@
 #   python compare.py config/compare_python_longest.py
 # Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all
 # but the LSTM, which does better at higher ones (config/search_peers.py).
-# Half an hour of one CPU core a run; 75 minutes with a queue, 100 for the Gated DeltaNet.
+# Half an hour of one CPU core a run; 50 to 70 minutes with a queue, 100 for the Gated DeltaNet.
 seeds = [1337]
 tokens = 18_432_000
 

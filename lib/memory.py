@@ -30,8 +30,8 @@ class RandomSequences:
 
 class MemoryTask:
     """A task of random sequences, each process with its own. A class of it has measure(), which
-    returns the recall of fresh sequences and their number; asked, what they are asked for; and, if
-    it has more numbers that are saved and restored, KEPT, their names."""
+    returns the recall of fresh sequences and their number; asked, what they are asked for; and
+    KEPT, the names of the numbers that are saved and restored."""
 
     KEPT = ('recall',)
     tokenizer, data, note, walkers, recall = None, {}, '', None, 0.0

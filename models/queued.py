@@ -20,15 +20,15 @@ from models.cached import FoldGPT, room, run_cached
 
 @dataclass
 class QueuedConfig(FoldConfig):
-    """Sizes of a fold with a queue. local becomes 'sliding', and past 'frozen' if it was to evolve.
-    Raises ValueError."""
+    """Sizes of a fold with a queue. local becomes 'sliding', past='evolving' becomes
+    'frozen'. Raises ValueError."""
     queue: int = 16           # segments whose tokens are kept
     queue_channels: int = 32  # numbers that are kept of a token
 
     def __post_init__(self):
+        super().__post_init__()
         self.local = 'sliding'
         self.past = 'frozen' if self.past == 'evolving' else self.past
-        super().__post_init__()
         if self.n_local < 1 or self.past == 'none':
             raise ValueError("a fold with a queue takes n_local of 1 or more, and past='frozen' "
                              "or, without recurrence, 'local'")

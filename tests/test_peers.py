@@ -64,6 +64,10 @@ def test_parameters_state_and_what_decays(kind, keys, nbytes):
     assert len(kept['params'] + decayed['params']) == len([*model.parameters()])
     assert decayed['weight_decay'] == 0.1
 
+def test_a_fold_with_a_queue_has_local_layers_that_slide_and_a_frozen_past():
+    config = make('queued_fold', local='segment', past='evolving').config
+    assert (config.local, config.past) == ('sliding', 'frozen')
+
 @pytest.mark.parametrize('kind, keys, message', [
     *((kind, dict(window=SEGMENT), 'takes window=0') for kind in [*MODELS][2:]),
     *((kind, dict(position='rotary'), 'means nothing') for kind in ('linear', 'deltanet', 'lstm')),

@@ -143,7 +143,7 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
     assert load_record(out / 'probe.json') == record  # the run's own
-    other = load_record(out / 'probe_out' / 'probe.json')['settings']
+    other = load_record(out / 'probe_out_bom' / 'probe.json')['settings']
     assert (other['data'], other['seed'], other['probe_seed']) == ('bom.txt', 1337, 5)
 
 def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
