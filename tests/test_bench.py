@@ -28,15 +28,18 @@ def measure(monkeypatch, tmp_path):
         return records.load_record(tmp_path / 'out' / f'{part}.json')
     return measure
 
-def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch):
-    assert train(max_iters=1).code == 0
+@pytest.mark.parametrize('kind, window', [('fold', 0), ('gpt', 4)])
+def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch, kind, window):
+    """The GPT beside it has a window of its own, whatever that of the run is."""
+    assert train(kind, window=window, max_iters=1).code == 0
     monkeypatch.setattr('time.perf_counter', iter(range(10 ** 9)).__next__)
     made = measure('generation', f'--out_dir={tmp_path}/out', '--contexts=2,9', '--window_tokens=7')
     assert made['metrics']['ratio to the uncached GPT']['value'] == 1
-    for name in ('fold', 'GPT of window 192'):
+    for name in (kind, 'GPT of window 192'):
         rates, sizes = ([(p['x'], p['value']) for p in made['curves'][f'{what}, {name}']['points']]
                         for what in ('tokens per second', 'bytes of state'))
         assert rates == [(2, 7), (9, 7)] and sizes[0][1] == sizes[1][1] > 0
+    assert sizes[0][1] > 2 * 2 * 192 * 16 * 4  # keys and values of two layers, float32
 
 def test_efficiency_and_points_of_memory(measure, monkeypatch):
     """A fold of 2 FLOPs where the GPT has 1: 2 * median(5 / 10, 2 / 20)."""
