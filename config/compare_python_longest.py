@@ -2,7 +2,7 @@
 #   python compare.py config/compare_python_longest.py
 # Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all
 # but the LSTM, which does better at higher ones (config/search_peers.py).
-# Half an hour of one CPU core a run; 50 to 70 minutes with a queue, 100 for the Gated DeltaNet.
+# 30 to 50 minutes of one CPU core a run; 50 to 70 with a queue, some 100 for the Gated DeltaNet.
 seeds = [1337]
 tokens = 18_432_000
 
@@ -23,6 +23,8 @@ runs = {
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=384),
     'GPT, window 384': dict(model_type='gpt'),
+    'GPT, window 192, rotary': dict(model_type='gpt', position='rotary', block_size=192,
+                                    batch_size=8, stretch=384),
     'GPT, window 384, rotary': dict(model_type='gpt', position='rotary'),
 }
 # histories that leave the segment room in a window of 384, so that no window need slide

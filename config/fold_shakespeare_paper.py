@@ -1,4 +1,4 @@
-# The paper's letter beside config/fold_shakespeare.py: learned positions, local layers that see
+# The paper's form beside config/fold_shakespeare.py: learned positions, local layers that see
 # their segment, as many of them as global ones, a past half that evolves, a plain carry.
 out_dir = 'out/fold_shakespeare_paper'
 dataset = 'shakespeare'
