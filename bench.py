@@ -283,8 +283,9 @@ def main(s):
     """Measure what is asked for; write a record, as far as it is measured."""
     processes.end_on_signals()  # and the process of a side ends, too
     require({*s.parts.split(',')} <= {*PARTS}, f"parts must be of {', '.join(PARTS)}: {s.parts!r}")
-    require(processes.WORLD == 1 or s.parts == 'speed' and s.batch_size % processes.WORLD == 0,
-            'several processes measure --parts=speed, of a batch_size that they can share')
+    require(processes.WORLD == 1 or s.parts == 'speed' and s.batch_size % processes.WORLD == 0
+            and not s.largest_batch,
+            'several processes measure --parts=speed, of one batch_size that they can share')
     one_of(s, products=machine.PRODUCTS, compile=machine.COMPILE)
     at_least(s, memory_limit_gb=0.0, threads=0, window_tokens=1, rounds=1, batch_size=1,
              bptt_segments=1, starts=1, steps=1, largest_batch=0)

@@ -193,20 +193,21 @@ def plan(c, folder, costs, quick=False):
         settings, update = settings_of(c, name)
         ours, its = (costs.get(run, {}).get(budget) for run in (first, name))
         share = ours / its if ours and its else 1
+        is_text = settings.get('task', 'text') == 'text'
         iters = 4 if quick else c['updates'] or max(1, round(c['tokens'] * share / update))
         settings.update(seed=seed, max_iters=iters, eval_interval=max(1, iters // 6),
                         checkpoint_interval=max(1, iters // 20), **(QUICK if quick else {}),
-                        **({'eval_tokens': few_tokens(settings)} if quick and c['tokens'] else {}))
+                        **({'eval_tokens': few_tokens(settings)} if quick and is_text else {}))
         results, full = {'record.json': {}}, budget == base
         if full and c['probe']:
             results['probe.json'] = asked
         if full and c['prompts'] and seed == c['seeds'][0]:
             results['samples.json'] = samples
-        names = (name, seed) if budget == base else (name, budget, seed)
+        names = (name, seed) if full else (name, budget, seed)
         equal = ', '.join([base, *c['budgets']]) if name == first else budget
         found.append(Run(name, equal, seed, settings, iters * update, folder_of(folder, *names),
                          results))
-        if not (quick or budget == base or ours and its):
+        if not (quick or full or ours and its):
             found[-1].error = 'what its tokens cost is not known: its short runs failed'
     return found
 
@@ -237,8 +238,9 @@ async def calibrate(s, c, folder):
     async def one(name):
         settings, update = settings_of(c, name)
         n, where = max(6, tokens // update), folder_of(folder, 'calibration', name)
+        updates = 0 if settings.get('document') else c['tokens'] // update  # as in train.py
         settings['compile'] = choose_compile(settings.get('compile', 'auto'),  # of the long run
-                                             pick_device(s.device), c['tokens'] // update)
+                                             pick_device(s.device), updates)
         flags = {**settings, 'max_iters': n, 'eval_interval': n, 'log_interval': max(1, n // 6),
                  'eval_tokens': few_tokens(settings), 'overwrite': True,
                  'data_dir': s.data_dir, 'out_dir': where}

@@ -316,6 +316,8 @@ class FoldGPT(GPT):
 
     def __init__(self, config):
         super().__init__(config)
+        blocks, n = list(self.transformer.h), config.n_local
+        self.local_blocks, self.global_blocks = blocks[:n], blocks[n:]
         self.slides = config.local == 'sliding' and config.n_local > 0
         if config.carry == 'gated':
             self.carry_gate = nn.Linear(2 * config.n_embd, config.n_embd)
@@ -343,12 +345,12 @@ class FoldGPT(GPT):
 
     def local(self, idx, kept=None):
         """The local transformer, all segments at once: idx (B, T) -> X^s_{N,0} (B, T, C), kept."""
-        x, blocks = self.embed(idx), list(self.transformer.h)[:self.config.n_local]
+        x = self.embed(idx)
         (B, T, C), l = x.shape, self.config.segment_size
         if self.slides:
-            return self.run_blocks(blocks, x, kept, keep=l)
+            return self.run_blocks(self.local_blocks, x, kept, keep=l)
         segments = F.pad(x, (0, 0, 0, -T % l)).view(-1, l, C)  # (B*N_s, l, C); padding comes last
-        x, _ = self.run_blocks(blocks, segments)  # eq. 16
+        x, _ = self.run_blocks(self.local_blocks, segments)  # eq. 16
         return x.view(B, -1, C)[:, :T], None
 
     def fold(self, x, carry):
@@ -374,9 +376,9 @@ class FoldGPT(GPT):
     def globally(self, past, current, caches=None):
         """The global transformer: X^{s-1}_{N,N} (B, l, C), X^s_{N,0} (B, n, C) -> X^s_{N,N}."""
         past = None if self.config.past == 'none' else past
-        blocks = list(self.transformer.h)[self.config.n_local:]
-        for i, block in enumerate(blocks):
-            frozen = self.config.past != 'evolving' or block is blocks[-1]  # read no further
+        for i, block in enumerate(self.global_blocks):
+            last = i == self.config.n_global - 1  # whose past half is read no further
+            frozen = self.config.past != 'evolving' or last
             cache = None if caches is None else caches[:, i]
             past, current = block(past, current, cache, frozen)  # eq. 13 and 17
         return current

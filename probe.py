@@ -60,7 +60,8 @@ most = 32           # recall is measured for 1, 2, ... pairs up to so many
 wait = 0            # segments of filler between the last pair and the questions
 
 def main(p):
-    at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0)
+    at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0, sequences=1,
+             far_sequences=1, keys=1, most=1, wait=0)
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path)
@@ -86,7 +87,7 @@ def main(p):
     check_place(target, RECORD)
     for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
         check_place(os.path.join(folder, picture), PICTURE)
-    config['data_dir'] = p.data_dir  # the run's own may be of another machine
+    saved['config'] = Settings({**config, 'data_dir': p.data_dir})  # of this machine
     if {'dataset', 'sha256'} <= data.keys() and not p.file:
         text = os.path.join(ROOT, p.data_dir, str(data['dataset']))
         meta = load_meta(text)

@@ -84,7 +84,7 @@ def read_file(name):
     """Read a file into the state, block by block, and tell how far it is."""
     name = os.path.expanduser(name)
     size = os.path.getsize(name) if os.path.isfile(name) else sys.maxsize
-    progress, characters = Progress(f'reading {name}', max(1, size), 'bytes'), 0
+    progress, characters = Progress(f'reading {name}', size, 'bytes'), 0
     for block in file_blocks(name):
         read_text(block, characters)
         characters += len(block)

@@ -151,7 +151,7 @@ def lr_at(it):
     if it < s.warmup_iters:
         return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
     start = max(s.warmup_iters, s.decay_from * s.max_iters)
-    progress = min(1.0, max(0.0, it - start) / max(1, s.max_iters - start))
+    progress = max(0.0, it - start) / max(1, s.max_iters - start)
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 def train_step(it):

@@ -109,11 +109,9 @@ def choose_products(products):
 
 def cpu_info():
     """What the system says of its processor, as text."""
-    try:
-        with open('/proc/cpuinfo') as f:
-            return f.read(4096)
-    except OSError:
-        return platform.processor() or platform.machine()
+    with suppress(OSError):
+        return Path('/proc/cpuinfo').read_text()[:4096]
+    return platform.processor() or platform.machine()
 
 def takes_bfloat16(dtype, device):
     """Whether training is to compute in bfloat16, by the setting dtype of train.py: 'auto' is so on

@@ -49,8 +49,8 @@ def records(names):
     """The records that a block names, in order. Raises SystemExit if a name finds none."""
     found = []
     for file, path in (name.strip().split('.json') for name in names.split(';')):
-        names, absent = sorted(RESULTS.glob(f'{file}.json')), [{'metrics': {}}] * (path == '?')
-        some = [find(load_record(name), path.strip('?')) for name in names] or absent
+        paths, absent = sorted(RESULTS.glob(f'{file}.json')), [{'metrics': {}}] * (path == '?')
+        some = [find(load_record(each), path.strip('?')) for each in paths] or absent
         require(some and None not in some, f'results/{file}.json has no record {path}')
         found += sum(some, []) if path == '/parts' else some
     return found

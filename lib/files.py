@@ -29,7 +29,7 @@ def own_folder(folder):
     try:
         if fcntl:
             fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:  # another process has it
         with locks.pop(path) as other:
             other.seek(0)
             owner = other.read().strip()

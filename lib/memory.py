@@ -116,7 +116,7 @@ class WalkingTask(MemoryTask):
         if torch.rand((), generator=self.shared) < 0.5:  # half of the updates are the hardest
             F = int(torch.randint(self.stage + 1, (), generator=self.shared))
         loss, right, read, may, rows = self.new(F)
-        if old:
+        if old:  # rows are false where none are left
             loss_old, right_old, more = self.further(old, F)
             loss, read = loss + loss_old * len(old) / self.B, read + more
         loss.backward()
@@ -164,7 +164,6 @@ def measure_distances(p, what, chance, x, y, right_of):
     """A probe's result: the share of right answers against distance, by the settings distances,
     sequences, far and far_sequences of p; right_of(distances, n) -> {distance: right of n}. what is
     measured, the share right by chance, and the names of the axes x and y."""
-    at_least(p, sequences=1, far_sequences=1)
     distances, points = numbers('distances', p.distances), []
     for n, some in groupby(distances, lambda d: p.sequences if d < p.far else p.far_sequences):
         for d, right in right_of([*some], n).items():

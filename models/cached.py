@@ -43,8 +43,8 @@ class FoldGPT(model.FoldGPT):
         others still hold that of the segment before."""
         old, kept = carry if isinstance(carry, tuple) else (carry, None)
         c, l, end = self.config, self.config.segment_size, place + idx.size(1)
-        blocks = list(self.transformer.h)[:c.n_local]
-        x, kept = run_cached(self, blocks, self.embed(idx, place), place, kept, cache[0], first)
+        x = self.embed(idx, place)
+        x, kept = run_cached(self, self.local_blocks, x, place, kept, cache[0], first)
         begin = l if first or c.past == 'none' else 0  # of what is seen; the current half is at l
         past = None if first or place else old
         output = self.globally(past, x, cache[1][..., begin:l + end, :])

@@ -69,8 +69,7 @@ class QueuedFold(FoldGPT):
 
     def seen(self, x):
         """Keys and values of x (B, P, C) in all global layers: (B, n_global, 2, H, P, C/H)."""
-        blocks = list(self.transformer.h)[self.config.n_local:]
-        return torch.stack([b.attn.keys_and_values(b.ln_1(x)) for b in blocks], dim=1)
+        return torch.stack([b.attn.keys_and_values(b.ln_1(x)) for b in self.global_blocks], dim=1)
 
     def window(self, far, past):
         """What stands before the current half: the queue, in pieces, and the past half."""
@@ -78,8 +77,7 @@ class QueuedFold(FoldGPT):
 
     def globally(self, before, current, caches=None):
         """The global transformer after keys and values `before`; None if the cache has them."""
-        blocks = list(self.transformer.h)[self.config.n_local:]
-        return self.run_blocks(blocks, current, before, caches=caches)[0]
+        return self.run_blocks(self.global_blocks, current, before, caches=caches)[0]
 
     def new_cache(self, B):
         """Of the global layers alone: the carry has what the others keep."""
@@ -89,8 +87,8 @@ class QueuedFold(FoldGPT):
         """As FoldGPT's."""
         c, end = self.config, place + idx.size(1)
         past, queue, kept = carry
-        blocks = list(self.transformer.h)[:c.n_local]
-        x, kept = run_cached(self, blocks, self.embed(idx, place), place, kept, None, first)
+        x = self.embed(idx, place)
+        x, kept = run_cached(self, self.local_blocks, x, place, kept, None, first)
         before = None if place else self.window([self.seen(self.up(queue))], past)
         output = self.globally(before, x, cache[..., :cache.size(4) - c.segment_size + end, :])
         output = self.carried(past[:, place:], output)

@@ -1,8 +1,9 @@
 """The tasks: each module of this folder trains models on one, and measures them (tasks/text.py).
 
 Its settings are commented globals, keys of train.py. probe(model, saved, p, device) measures the
-model of the checkpoint `saved` by the settings p of probe.py: what, metrics, curves and notes of a
-record. Task(s) checks the settings s of train.py and finds the data. Then it has
+model of the checkpoint `saved`, whose `config` are the settings of its run, by the settings p of
+probe.py: what, metrics, curves and notes of a record. Task(s) checks the settings s of train.py and
+finds the data. Then it has
     sizes                    of the model, beyond the settings: vocab_size at least
     tokenizer, data          the vocabulary, and what identifies the text; None, {} without a text
     note                     what every line of the log is to say, '' for nothing

@@ -7,7 +7,6 @@ first letter, is to be predicted there. With hops=2 a person has a thing, and wh
 asked for. A fact that is told again in other words replaces the one before. As 'track' otherwise.
 """
 import os
-from types import SimpleNamespace
 
 import torch
 
@@ -165,7 +164,7 @@ class Task(track.Task):
 def probe(model, saved, p, device):
     """Right answers against tokens of text since all was told, the validation split or p.file: the
     settings distances, sequences, far and far_sequences of p."""
-    s, spec = SimpleNamespace(**saved['config']), saved['tokenizer']
+    s, spec = saved['config'], saved['tokenizer']
     text = read_known(p.file, spec)[0] if p.file else read_splits(s)[0]['val']
     return track.found(model, lambda seed, split: Sequences(s, seed, text, spec), s.seed,
                        1 / len(PLACES), p, device)

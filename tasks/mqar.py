@@ -6,7 +6,6 @@ Pairs come first. Each key comes back once among random tokens, more often soon 
 law), and its value is to be predicted there. Keys are of one half of the vocabulary, values of the
 other. Beside it, the task 'pairs' asks how many pairs are held as the text goes on.
 """
-from types import SimpleNamespace
 
 import torch
 
@@ -93,8 +92,7 @@ def recall_of(model, s, T, pairs, n, device):
 
 def probe(model, saved, p, device):
     """Recall at each length: the setting sequences of p."""
-    s, points = SimpleNamespace(**saved['config']), []
-    at_least(p, sequences=1)
+    s, points = saved['config'], []
     for T, pairs in read_lengths(s.lengths):
         recall = recall_of(model, s, T, pairs, p.sequences, device)
         points.append({'x': pairs, **share(recall * p.sequences, p.sequences)})

@@ -7,7 +7,6 @@ digits are right. Sequences that answer right walk on (WalkingTask of lib/memory
 """
 import os
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -111,8 +110,7 @@ def first_digit(spec):
     return 202 if spec['kind'] == 'gpt2' else Tokenizer(spec).vocab_size
 
 def read_splits(s):
-    """The ids of the data set, {'train', 'val': (N,)}, and its meta; to be called by all processes.
-    """
+    """The ids of the data set, {'train', 'val': (N,)}, and its meta; all processes call this."""
     folder, meta = on_all_machines(lambda: open_data(s, s.dataset))
     texts = {split: np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
              for split in ('train', 'val')}
@@ -212,9 +210,9 @@ def recalled(model, make, s, distances, n, device):
 def probe(model, saved, p, device):
     """Recall against distance, by the settings distances, sequences, far and far_sequences of p; or
     in a file, by file, keys and seed."""
-    s = SimpleNamespace(**saved['config'])
     if p.file:
         return find_in_file(model, saved, p, device)
+    s = saved['config']
     make = maker(s)
     return measure_distances(p, 'recall', DIGITS ** -s.key_length,
                              'tokens of filler between key and question', 'keys recalled',
@@ -231,21 +229,19 @@ def read_known(path, spec):
     ids = Tokenizer(spec).encode(text.translate(dict.fromkeys(map(ord, unknown), ' ')))
     return torch.from_numpy(ids.astype('int64')), len(text), replaced
 
-@torch.no_grad()
 def find_in_file(model, saved, p, device):
     """Hide keys near the start of a text, one in each of so many copies, and ask for them at its
     end."""
-    at_least(p, keys=1)
     ids, characters, replaced = read_known(p.file, saved['tokenizer'])
-    k, l = (saved['config'][key] for key in ('key_length', 'segment_size'))
-    require(len(ids) >= 3 * l, f'{p.file} has {characters:,} characters: it takes {3 * l} or more, '
-            'so that the key leaves the window')
+    k, l = saved['config'].key_length, saved['config'].segment_size
+    require(len(ids) >= 3 * l, f'{p.file} has {len(ids):,} tokens: it takes {3 * l} or more, so '
+            'that the key leaves the window')
     sequences = Sequences(p.seed, k, first_digit(saved['tokenizer']))
     crosses = Rows(carry=blank_carry(model)).nbytes
     keys, lead = sequences.keys(p.keys), int(sequences.integers(0, l))
     state, begin = new_state(model, p.keys), time.perf_counter()
     key = pad(keys, (1, 0), value=sequences.mark)
-    progress = Progress(f'reading {p.file}', len(ids) + k + 1, 'characters')
+    progress = Progress(f'reading {p.file}', len(ids) + k + 1)
     for part in (*ids[None, :lead].split(PER_READ, dim=1), key,
                  *ids[None, lead:].split(PER_READ, dim=1)):
         read_(model, part.expand(p.keys, -1).to(device), state)
@@ -260,7 +256,7 @@ def find_in_file(model, saved, p, device):
     right = int((answers == keys).all(dim=1).sum())
     digits = [' '.join(str(token - sequences.filler) for token in row.tolist())
               for row in (keys[0], answers[0])]
-    say(f'hidden after {count(lead, "character")}: {digits[0]}\n'
+    say(f'hidden after {count(lead, "token")}: {digits[0]}\n'
         f'read: {characters:,} characters, {replaced:,} of them as spaces, {speed:,.0f} tokens/s\n'
         f'state: {state.nbytes // p.keys:,} bytes, {crosses:,} of them carried across segments\n'
         f'answer: {digits[1]}, {right} of {p.keys} right')

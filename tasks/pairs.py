@@ -5,7 +5,6 @@ ASK NAME 3 ASK NAME 7 ...: a question leaves nothing in the memory. At a NAME th
 digit is to be predicted. Where a pair is shown, the digit stands before the name: the place with
 the name is the one that a question can find, and has read the digit.
 """
-from types import SimpleNamespace
 
 import torch
 
@@ -158,8 +157,7 @@ class Task(MemoryTask):
 
     def figures(self):
         load = self.walkers.shown.float().mean().item() if self.walkers else self.s.together
-        return {'lesson': self.lesson, 'recall': round(self.recall, 4),
-                'pairs_shown': round(load, 2)}
+        return {'lesson': self.lesson, **super().figures(), 'pairs_shown': round(load, 2)}
 
     def measure(self):
         n = self.s.pairs
@@ -199,8 +197,7 @@ def recall_of(model, s, n, count, wait, device):
 
 def probe(model, saved, p, device):
     """Capacity, recall against the number of pairs: the settings most, sequences and wait of p."""
-    s = SimpleNamespace(**saved['config'])
-    at_least(p, most=1, sequences=1, wait=0)
+    s = saved['config']
     require(p.most <= s.names, f'most={p.most} pairs need as many names, the run has {s.names}')
     progress, points = Progress('recall', p.most, 'numbers of pairs'), []
     for n in range(1, p.most + 1):

@@ -13,7 +13,7 @@ from lib.history import probe_text as probe  # noqa: F401 (what probe.py measure
 from lib.processes import WORLD, from_all, from_writer, mean, my_share
 from lib.records import ROOT
 from lib.rows import rowwise
-from lib.scoring import mean_and_error, token_losses
+from lib.scoring import documents, mean_and_error, token_losses
 from prepare import DownloadError, Tokenizer, load_meta, prepare
 
 dataset = 'shakespeare'  # folder under data_dir; a built-in corpus is prepared if it is missing
@@ -31,7 +31,7 @@ def open_data(s, name):
     """Folder and meta of a data set, which is prepared now if it is missing."""
     folder = os.path.join(ROOT, s.data_dir, name)
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        prepare(name, data_dir=os.path.join(ROOT, s.data_dir))
+        prepare(name, data_dir=s.data_dir)
     return folder, load_meta(folder)
 
 def find_data(s):
@@ -58,13 +58,10 @@ def on_all_machines(find):
 def split_documents(x, y, border):
     """Tokens and targets x, y (B, T), each document in a row of its own: (more rows, at most T),
     the short ones padded at their ends, with targets of -1."""
-    parts = []
-    for tokens, targets in zip(x.long(), y.long()):
-        borders = (tokens[1:] == border).nonzero()[:, 0] + 1
-        parts += zip(tokens.tensor_split(borders), targets.tensor_split(borders))
-    tokens, targets = zip(*parts)
-    return (pad_sequence(tokens, batch_first=True),
-            pad_sequence(targets, batch_first=True, padding_value=-1))
+    rows = torch.cat((x.long(), y[:, -1:].long()), dim=1)
+    found = [piece for row in rows for piece in documents(row, border)]
+    return (pad_sequence([piece[:-1] for piece in found], batch_first=True),
+            pad_sequence([piece[1:] for piece in found], batch_first=True, padding_value=-1))
 
 class Task:
     """Trains on sequences from the training split, evaluates on the validation split."""

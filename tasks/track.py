@@ -8,7 +8,6 @@ bit, flipped by one token: parity. From five cups on it is beyond what a linear 
 fixed number of attention layers can compose (Merrill et al. 2024, arXiv 2404.08819).
 """
 from itertools import combinations
-from types import SimpleNamespace
 
 import torch
 
@@ -153,7 +152,7 @@ def answered(model, make, seed, distances, n, device):
 def probe(model, saved, p, device):
     """Right answers against distance: the settings distances, sequences, far and far_sequences of
     p."""
-    s = SimpleNamespace(**saved['config'])
+    s = saved['config']
     return found(model, lambda seed, split: Sequences(s, seed), s.seed, 1 / s.cups, p, device)
 
 def found(model, make, seed, chance, p, device):

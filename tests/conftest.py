@@ -32,7 +32,8 @@ OF_TASK = {  # so easy that some answers are right from the start, and sequences
                   segments=2, questions=1, passed_at=-1.0),
     'mqar': dict(lengths='16:3,20:2', vocabulary=12, block_size=20),
     'track': dict(cups=2, every=2, symbols=1, longest=2, probe_distance=9, batch_size=32),
-    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=96)}
+    'facts': dict(dataset='story', longest=2, probe_distance=9, block_size=96,
+                  segment_size=12)}
 
 def flags(out_dir, data_dir='', task='text', **settings):
     """The command line of a run of train.py, a second long."""
@@ -60,6 +61,7 @@ def as_new(monkeypatch):
     torch.set_num_threads(1)
     torch.backends.mkldnn.matmul.fp32_precision = 'none'
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+    monkeypatch.setattr(os, 'fsync', lambda file: None)  # 7 ms each
 
 @pytest.fixture
 def run(monkeypatch, capsys):

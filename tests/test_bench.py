@@ -129,7 +129,7 @@ def test_a_signal_leaves_no_process(script, flags, tmp_path):
     while not (side := open(children).read().split()):
         assert process.poll() is None
         time.sleep(0.1)
-    time.sleep(1)  # the side is at work, or loads torch
+    time.sleep(0.3)  # the side is at work, or loads torch
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == ''
     pytest.raises(ProcessLookupError, os.kill, int(side[0]), 0)

@@ -220,6 +220,7 @@ def test_what_a_token_costs_is_measured_in_turns_and_anew_for_other_settings(tmp
     calls, s = [], SimpleNamespace(jobs=1, threads=1, device='cpu', data_dir='')
 
     async def call(s, script, out_dir, **flags):
+        assert flags['eval_tokens'] == 2000 + 2 * flags['block_size']
         calls.append(out_dir.name)
 
     def load_record(path):
@@ -268,6 +269,9 @@ def test_the_plans_of_the_comparisons_in_the_repository():
         found = compare.plan(c, 'runs', costs)
         quick = compare.plan(c, 'runs', {}, quick=True)
         assert {run.settings['max_iters'] for run in quick} == {4}, name
+        assert all(run.settings.get('eval_tokens', 0) == (
+            0 if 'task' in run.settings else compare.few_tokens(run.settings))
+            for run in quick), name
         some = [run for run in found if run.seed == c['seeds'][0]]
         sizes = [{**run.settings, 'bias': False, 'vocab_size': 65} for run in some
                  if run.settings.get('carry') != 'gated']

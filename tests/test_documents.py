@@ -1,7 +1,7 @@
 """At a border, in the middle of a segment too, what was before is forgotten."""
 import pytest
 import torch
-from small import KEYS, V, all_logits, assert_equal, gradients, make, tokens
+from small import SOME_KEYS, V, all_logits, assert_equal, gradients, make, tokens
 from test_train import lines
 from torch.nn import functional as F
 
@@ -14,8 +14,8 @@ from tasks.text import split_documents
 B = V - 1  # the border
 EVERY = pytest.mark.parametrize('kind, sizes', [
     ('gpt', {'block_size': 60}), ('gpt', {'window': 3}), ('lstm', {}), ('deltanet', {}),
-    ('queued_fold', {'queue': 2}),
-    *(('fold', keys) for keys in KEYS if 'kind' not in keys)])
+    ('queued_fold', {'queue': 2}), ('queued_fold', {'queue': 1, 'past': 'local'}),
+    *(('fold', keys) for keys in SOME_KEYS)])
 
 def text(rows, T, borders):
     """Random tokens (rows, T) without a border but at the places (row, t)."""

@@ -45,9 +45,10 @@ def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path, monkey
     child = (f'import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n'
              f'open({str(late)!r}, "w")')
     parent = tmp_path / 'parent.py'
-    parent.write_text(f'import subprocess, sys, time\nprint("begun", flush=True)\n'
-                      f'subprocess.Popen([sys.executable, "-c", {child!r}])\ntime.sleep(60)\n')
-    assert session.call([str(parent)], 3) == (None, ['begun']) and not session.alive
+    parent.write_text(f'import subprocess, sys, time\n'
+                      f'subprocess.Popen([sys.executable, "-c", {child!r}])\n'
+                      f'print("begun", flush=True)\ntime.sleep(60)\n')
+    assert session.call([str(parent)], 1.5) == (None, ['begun']) and not session.alive
     go.touch()
     time.sleep(0.5)
     assert not late.exists()

@@ -143,6 +143,8 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
     assert load_record(out / 'probe.json') == record  # the run's own
+    assert run('probe.py', *small, '--record=True').code == 0
+    assert (tmp_path / 'results' / 'probe' / 'out.json').exists()
     other = load_record(out / 'probe_out_bom' / 'probe.json')['settings']
     assert (other['data'], other['seed'], other['probe_seed']) == ('bom.txt', 1337, 5)
 
@@ -163,15 +165,14 @@ def test_a_text_is_where_the_probe_is_told(train, run, data_dir, tmp_path):
     assert done.code == 0, done.err
 
 @pytest.mark.parametrize('spoil, problem', [
-    (lambda saved: saved['tokenizer'].update(chars='xyz'), 'another text or tokenizer'),
-    (lambda saved: saved['data'].update(sha256='0' * 64), 'another text or tokenizer'),
-    (lambda saved: saved['data'].update(dataset=3), 'prepare it again with: python prepare.py 3'),
-    (lambda saved: saved['config'].update(segment_size='x'), "segment_size='x': expected an int"),
-    (lambda saved: saved.pop('data'), 'does not name its data set'),
-    (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'train anew')])
+    (dict(tokenizer=lambda old: {**old, 'chars': 'xyz'}), 'another text or tokenizer'),
+    (dict(data=lambda old: {**old, 'sha256': '0' * 64}), 'another text or tokenizer'),
+    (dict(data=lambda old: {**old, 'dataset': 3}), 'prepare it again with: python prepare.py 3'),
+    (dict(config=lambda old: {**old, 'segment_size': 'x'}), "segment_size='x': expected an int"),
+    (dict(data={}), 'does not name its data set'),
+    (dict(model=lambda old: {**old, 'transformer.ln_f.weight': 3e38 + torch.zeros(16)}),
+     'train anew')])
 def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, spoil, problem):
-    saved = torch.load(model_dir / 'ckpt.pt', weights_only=True)
-    spoil(saved)
-    torch.save(saved, model_dir / 'ckpt.pt')
+    change(model_dir / 'ckpt.pt', **spoil)
     done = run('probe.py', *SMALL, f'--out_dir={model_dir}', f'--data_dir={data_dir}')
     assert done.code == 1 and done.err.startswith('error: ') and problem in done.err

@@ -157,7 +157,7 @@ def test_the_past_half_is_computed_once_a_segment():
         past = 0 if place else l * 12 * C * C + 2 * C * l * (l + 1) + l * 2 * C * C
         assert token + 0.8 * past <= counter.get_total_flops() / 2 <= token + attention + past
 
-@paths([*SOME[:2], 'long gpt', 'recurrent'])
+@paths([*SOME[:2], 'long gpt', 'recurrent', 'queued_fold'])
 def test_a_state_that_is_not_finite_names_the_token(name, cached):
     model = make_case(name)
     names = 'wte', 'embedding', 'lm_head', 'output'
@@ -165,12 +165,19 @@ def test_a_state_that_is_not_finite_names_the_token(name, cached):
     output.weight = torch.nn.Parameter(output.weight.clone())  # not tied
     embedding.weight.data[V - 1, 0] = math.nan
     for t in (l, 4 * l + 1):
-        for sizes in ([6 * l], [1] * 6 * l, [4 * l, 3, 2 * l - 3]):
+        for sizes in ([6 * l], [1] * 6 * l, [4 * l, 2, 2 * l - 2]):
             idx = tokens(2, 6 * l) % (V - 1)
             idx[1, t] = V - 1
             with pytest.raises(FloatingPointError, match=f'not finite at token {t}$'):
                 read_in(model, idx, sizes, empty_state(model, 2, cached))
     assert torch.backends.mkldnn.enabled  # which reading few tokens goes without
+
+def test_a_long_text_is_read_in_whole_segments_at_once():
+    model, calls = make(), []
+    state, forward = new_state(model), model.forward
+    model.forward = lambda idx, **more: calls.append(idx.size(1)) or forward(idx, **more)
+    read_(model, tokens(1, 9 * l + 2), state)
+    assert calls == [9 * l]  # what is open goes through the caches
 
 def test_reading_refuses_what_it_cannot_answer():
     model = make(dropout=0.1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
+from lib.memory import measure_distances
 from lib.rows import Rows
 from prepare import Tokenizer
 from tasks import find_task, mqar, needle, pairs, track
@@ -230,7 +231,7 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
     task = make_task('needle', 'gpt', data_dir=data_dir, filler='text', **NEEDLE, block_size=24)
     known = ''.join(task.tokenizer['chars'])
     (tmp_path / 'book').write_text((known * 99)[:600] + '\u2260' * 7)
-    saved = {'config': vars(task.s), 'tokenizer': task.tokenizer}
+    saved = {'config': task.s, 'tokenizer': task.tokenizer}
     p = SimpleNamespace(file=str(tmp_path / 'book'), keys=3, seed=2)
     scholar = finder(task.sequences, lambda d: d > 590, set())
     for model, right in ((scholar, 3), (task.model.eval(), 0)):
@@ -239,7 +240,7 @@ def test_keys_are_hidden_in_a_file_and_asked_for_at_its_end(
         assert '607 characters, 7 of them as spaces' in capsys.readouterr().out
     short = 3 * task.s.segment_size - 1
     for text, words in ((known[0] * 9 + '\u2260' * 9, '18 characters, of which the model knows 9'),
-                        (known[0] * short, f'{short} characters: it takes {short + 1} or more')):
+                        (known[0] * short, f'{short} tokens: it takes {short + 1} or more')):
         (tmp_path / 'book').write_text(text)
         with pytest.raises(SystemExit, match=words):
             needle.probe(model, saved, p, 'cpu')
@@ -352,7 +353,7 @@ def test_facts_are_measured_after_so_much_of_the_text_alone(data_dir, tmp_path, 
     lines = re.findall(r'is in the|has the', texts[-1])
     assert right[0] == right[200] == 20 > right[2000] and len(lines) == (4 if hops == 1 else 6)
     (tmp_path / 'book').write_text('q' * 999)
-    saved = {'config': vars(task.s), 'tokenizer': task.tokenizer}
+    saved = {'config': task.s, 'tokenizer': task.tokenizer}
     for file, words in ('', PANGRAM[:9]), (tmp_path / 'book', 'q' * 99):
         p = SimpleNamespace(file=str(file), distances='200', sequences=5, far=999, far_sequences=1)
         found = find_task('facts').probe(reader, saved, p, 'cpu')
@@ -439,7 +440,7 @@ class Finder(torch.nn.Module):
         return F.one_hot(values, 8192).float(), torch.zeros(()), None
 
 def test_associative_recall_is_that_of_the_model():
-    saved = {'config': vars(make_task('mqar', vocabulary=8192, lengths='64:4,128:8').s)}
+    saved = {'config': make_task('mqar', vocabulary=8192, lengths='64:4,128:8').s}
     found = mqar.probe(Finder(), saved, SimpleNamespace(sequences=60), 'cpu')
     points = found['curves']['recall']['points']
     assert [(p['x'], p['value'], p['n']) for p in points] == [(4, 1.0, 60), (8, 0.0, 60)]
@@ -456,7 +457,7 @@ class Keeper(torch.nn.Module):
         return F.one_hot(torch.tensor(answers), 99).float(), torch.zeros(()), None
 
 def test_capacity_is_that_of_the_model():
-    p, saved = SimpleNamespace(most=6, sequences=55, wait=3), vars(make_task('pairs', **PAIRS).s)
+    p, saved = SimpleNamespace(most=6, sequences=55, wait=3), make_task('pairs', **PAIRS).s
     found = pairs.probe(keeper := Keeper(), {'config': saved}, p, 'cpu')
     assert found['curves']['recall']['points'] == [
         {'x': n, 'value': pytest.approx(min(1, 4 / n)), 'n': 55 * n} for n in range(1, 7)]
@@ -496,3 +497,12 @@ def test_pairs_start_from_weights_that_compare_names():
 def test_bad_settings_get_one_line(data_dir, name, settings, words):
     with pytest.raises(SystemExit, match=f'^error: .*{words}[^\n]*$'):
         make_task(name, data_dir=data_dir, **settings)
+
+def test_recall_has_an_interval_and_far_distances_fewer_sequences():
+    p, asked = SimpleNamespace(distances='12,48,96', sequences=10, far=48, far_sequences=5), []
+    found = measure_distances(p, 'recall', 0.1, 'x', 'y', lambda some, n: asked.append(
+        (some, n)) or dict.fromkeys(some, n * 8 // 10))
+    assert asked == [([12], 10), ([48, 96], 5)]
+    point = found['curves']['recall']['points'][0]
+    assert [point[key] for key in ('value', 'low', 'high')] == pytest.approx(
+        [0.8, 0.4902, 0.9433], abs=1e-4)  # Wilson's

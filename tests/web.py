@@ -31,7 +31,7 @@ def web(monkeypatch):
     """A server of CONTENT that answers as told, one answer after the other."""
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setattr(files, 'PAUSES', (0, 0, 0))
-    monkeypatch.setattr(files, 'TIMEOUT', (60, 2))
+    monkeypatch.setattr(files, 'TIMEOUT', (60, 1))
     with ThreadingHTTPServer(('127.0.0.1', 0), Server) as server:
         vars(server).update(answers=[], begins=[], content=CONTENT, end=threading.Event())
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
