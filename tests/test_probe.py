@@ -135,7 +135,7 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     assert len(list(out.glob('probe*.png'))) == 3 and f'loss {loss:.4f} +- ' in done.out
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
                        ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'No such file'),
-                       ('--targets=0', 'targets must')):
+                       ('--targets=0', 'targets must'), ('--keys=0', 'keys must')):
         refused = run('probe.py', *small, bad)
         assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
