@@ -40,7 +40,6 @@ def test_every_step_is_a_command_that_the_scripts_know(monkeypatch, tiny):
     assert ('train graph stream' in made) != tiny
 
 def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, 'TINY', False)
     go, late = tmp_path / 'go', tmp_path / 'late'
     child = (f'import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n'
              f'open({str(late)!r}, "w")')
@@ -58,7 +57,6 @@ def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path, monkey
     ('print("written to x, compile does not work here")', 'FAILED')])
 def test_a_step_is_judged_by_its_end_and_by_what_it_prints(record, tmp_path, monkeypatch, code,
                                                            result):
-    monkeypatch.setattr(session, 'TINY', False)
     monkeypatch.setattr(session, 'BUDGET', 1000.0)
     (tmp_path / 'step.py').write_text(code)
     chain = [('step', [str(tmp_path / 'step.py')], 'written to'), ('next', ['no.py'], '')]

@@ -5,7 +5,6 @@ so that what ends early has lost nothing. A metric that is missing there was not
 """
 import fcntl
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -18,7 +17,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import glob
-from importlib import import_module
 from importlib.util import find_spec
 
 from pieces import BATCH, BATCHES, DATASET, DEVICE, SIDES, SIZE, TINY, bench, torch
@@ -27,7 +25,7 @@ from steps import COMPARISON, NEEDED, PIECES, gradient_chains, smoke_chains
 from lib.contract import flops_per_token
 from lib.records import ROOT, make_record, metric, save_record
 
-BUDGET = float(os.environ.get('BUDGET') or (290 if TINY else 520))
+BUDGET = float(os.environ.get('BUDGET') or (600 if TINY else 520))
 BEGUN = float(os.environ.get('BEGUN') or time.time())
 OUT = os.environ.get('OUT') or os.path.join(ROOT, 'out', 'gpu_session')
 CORPUS = os.environ.get('CORPUS', '')
@@ -52,42 +50,9 @@ def note(name, result, reason='', seconds=None):
         print(f'[{begun:4.0f} s] {result:<12} {name}{why}', flush=True)
         save_record(os.path.join(OUT, 'session.json'), record)
 
-class Forked(multiprocessing.get_context('fork').Process):
-    """A script in a copy of this process, where torch is loaded: on a slow machine that takes
-    longer than all else. Not with CUDA, which a copy cannot use."""
-
-    def __init__(self, words, out):
-        super().__init__(target=self.work, args=(words, out.fileno()))
-        self.start()
-
-    def work(self, words, out):
-        os.setsid()
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        sys.argv = words
-        if words[0] == '-m':
-            sys.argv = words[1:]
-            runpy.run_module(words[1], run_name='__main__', alter_sys=True)
-        else:
-            runpy.run_path(words[0], run_name='__main__')
-
-    def poll(self):
-        return self.exitcode
-
-    def wait(self, timeout):
-        self.join(timeout)
-        if self.exitcode is None:
-            raise subprocess.TimeoutExpired(self.name, timeout)
-        return self.exitcode
-
 def start(words, out):
-    if TINY:
-        process = Forked(words, out)
-    else:
-        process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out, cwd=ROOT,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out, cwd=ROOT,
+                               stdin=subprocess.DEVNULL, start_new_session=True)
     alive.add(process)
     return process
 
@@ -156,10 +121,6 @@ def run_chain(chain, until):
             failed = f'after {name}'
 
 def run_chains(chains, until):
-    if TINY:
-        for chain in chains:
-            run_chain(chain, until)
-        return
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         list(pool.map(lambda chain: run_chain(chain, until), chains))
 
@@ -253,10 +214,6 @@ def trainings(work, until):
         words = [f'--{key}={value}' for key, value in settings.items()]
         code, lines = call(['train.py', *words], left(until) - 12)
         keep_training(name, folder, n, code, lines[-1][:150])
-    if TINY:
-        for name in SIDES:
-            train(name)
-        return
     with ThreadPoolExecutor(len(SIDES)) as pool:
         list(pool.map(train, SIDES))
 
@@ -304,9 +261,6 @@ def main():
     settings = {'budget': BUDGET, 'parts': ','.join(PARTS), 'tiny': TINY, 'size': SIZE}
     record.update(make_record('gpu session', settings, [1337], {}, {}, device=DEVICE), checks={})
     work = tempfile.mkdtemp(prefix='gpu_session_')
-    for name in ('torch._dynamo', 'matplotlib.figure') if TINY else ():  # which copies have, then
-        with suppress(ImportError):
-            import_module(name)
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = f'{work}/inductor'  # what is killed leaves torn files
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -4,14 +4,14 @@
 # OUT=folder      of session.json and session.log (out/gpu_session)
 # BUDGET=seconds  after which it has ended (520)
 # PARTS=names     of smoke,gradients,speed,train; what matters most comes first in each
-# TINY=1          the same steps at tiny sizes on the CPU, to try the script itself (BUDGET 290)
+# TINY=1          the same steps at tiny sizes on the CPU, to try the script itself (BUDGET 600)
 # PYTHON=path     one with torch and numpy (the first that is found); nothing is downloaded
 set -u
 export BEGUN=$(date +%s)
 export CORPUS=${CORPUS:-data/shakespeare.txt}
 export OUT=${OUT:-out/gpu_session} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-# many processes side by side; TINY's are one after another, and cheap to start
-export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=$([ -n "${TINY:-}" ] && echo 1 || echo 3)
+# many processes side by side
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=3
 [ -f "$CORPUS" ] || { echo "error: no text at CORPUS=$CORPUS: name a copy of tiny Shakespeare"; exit 2; }
 CORPUS=$(realpath "$CORPUS")
 mkdir -p "$OUT" && OUT=$(realpath "$OUT") || exit 2
