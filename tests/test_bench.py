@@ -116,7 +116,8 @@ def test_processes_share_a_batch(monkeypatch):
     for side in ('gpt', 'fold truncated', 'fold recomputed'):
         bench.make_updates(side, '1+1x16x2', 8, s)[0](1)
     assert seen[::2] == [((2, 8), 0, False), ((2, 8), 16 * 4, False), ((2, 8), 0, True)]
-    check_error('several processes', bench.main, s)
+    for several in (s, s.replace(parts='speed', largest_batch=64)):
+        check_error('several processes', bench.main, several)
 
 @pytest.mark.parametrize('script, flags', [
     ('bench.py', [*FLAGS, '--parts=speed', '--steps=1000000']),

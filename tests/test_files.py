@@ -1,4 +1,5 @@
 """lib/files.py: what is fetched is whole, whatever the server does."""
+import errno
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,14 @@ def test_a_file_is_fetched_whole(web, tmp_path, answers, part, begins):
     (tmp_path / '.lock').unlink()
     (tmp_path / '.lock').mkdir()  # where it is, nothing needs to be written
     fetch(1 << 18, sha256)
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(files, 'locks', {})
+    monkeypatch.setattr(files.fcntl, 'flock', flock)
+    with pytest.raises(OSError, match='No locks'):
+        files.own_folder(str(tmp_path))
 
 def test_what_urllib3_does_not_notice(web, tmp_path, monkeypatch):
     """Older versions end an answer that was cut off as if it were whole."""

@@ -39,7 +39,7 @@ def test_every_step_is_a_command_that_the_scripts_know(monkeypatch, tiny):
     assert scripts >= {'train.py', 'sample.py', 'probe.py', 'bench.py', 'compare.py'}
     assert ('train graph stream' in made) != tiny
 
-def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path):
     go, late = tmp_path / 'go', tmp_path / 'late'
     child = (f'import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n'
              f'open({str(late)!r}, "w")')

@@ -133,13 +133,13 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     loss = trained['metrics']['loss']['value']
     assert record['metrics']['loss']['value'] == pytest.approx(loss, abs=1e-4)
     assert len(list(out.glob('probe*.png'))) == 3 and f'loss {loss:.4f} +- ' in done.out
+    monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
                        ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'No such file'),
                        ('--targets=0', 'targets must'), ('--keys=0', 'keys must')):
         refused = run('probe.py', *small, bad)
         assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
-    monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
     assert load_record(out / 'probe.json') == record  # the run's own
