@@ -62,6 +62,7 @@ wait = 0            # segments of filler between the last pair and the questions
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0, sequences=1,
              far_sequences=1, keys=1, most=1, wait=0)
+    require(not p.file or os.path.exists(p.file), f'{p.file} is not there: give a text with --file')
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
     saved = ckpt.load(path)

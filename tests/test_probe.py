@@ -135,10 +135,11 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     assert len(list(out.glob('probe*.png'))) == 3 and f'loss {loss:.4f} +- ' in done.out
     monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
-                       ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'No such file'),
+                       ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'is not there'),
                        ('--targets=0', 'targets must'), ('--keys=0', 'keys must')):
         refused = run('probe.py', *small, bad)
         assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
+    assert not (out / 'probe_out_nowhere').exists()
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
     assert done.code == 0 and 'over all of 399 tokens' in done.out, done.err
