@@ -41,6 +41,13 @@ def flags(out_dir, data_dir='', task='text', **settings):
     values = {'task': task, 'out_dir': out_dir, **own, **SMALL, **OF_TASK.get(task, {}), **settings}
     return [f'--{key}={value}' for key, value in values.items()]
 
+def check(done, *parts):
+    """A script that ended with one line of error; before it, it may say whose model it took."""
+    *said, error = done.err.splitlines() or ['']
+    assert done.code == 1 and error.startswith('error: '), (done.code, done.err)
+    assert not said or len(said) == 1 and ', trained on ' in said[0], done.err
+    assert all(part in error for part in parts), error
+
 def check_error(words, call, *args, kind=SystemExit, **kwargs):
     """A SystemExit in one line that holds all of the words, which | separates."""
     with pytest.raises(SystemExit) as caught:

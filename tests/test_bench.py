@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import check_error
+from conftest import check, check_error
 from small import make
 
 import bench
@@ -142,5 +142,4 @@ def test_a_signal_leaves_no_process(script, flags, tmp_path):
     ('sides=fold slow', "'truncated' or"), ('sides=fold n_embd=8', "'truncated' or"),
     ('sides=x', 'model_type'), ('block_sizes=10', 'block_size'), ('out_dir=no', 'no checkpoint')])
 def test_bad_settings_are_refused_in_a_line(run, flag, why):
-    done = run('bench.py', *FLAGS, f'--{flag}')
-    assert done.code == 1 and why in done.err and len(done.err.splitlines()) == 1
+    check(run('bench.py', *FLAGS, f'--{flag}'), why)

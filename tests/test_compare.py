@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check
 
 import compare
 from configurator import configure
@@ -176,8 +176,7 @@ def test_results_are_written_if_asked(again, run, tmp_path, monkeypatch):
     ("'fold': {}", "'fold': {}, 'fold.': {}", 'differ in no letter')])
 def test_a_wrong_comparison_gets_one_line(run, tmp_path, old, new, words):
     (tmp_path / 'wrong.py').write_text(FILE.replace(old, new, 1))
-    refused = run('compare.py', tmp_path / 'wrong.py', f'--out_dir={tmp_path}')
-    assert refused.code == 1 and words in refused.err and refused.err.count('\n') == 1
+    check(run('compare.py', tmp_path / 'wrong.py', f'--out_dir={tmp_path}'), words)
 
 def part(name, seed, loss, **settings):
     return {'settings': {'name': name, 'seed': seed, 'budget': 'tokens', **settings},

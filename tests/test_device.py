@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from test_train import equal, load
+from test_train import equal, load, records
 
 from lib import device
 from lib.checkpoint import load_model
@@ -69,6 +69,10 @@ def test_validation_is_in_float32(train, tmp_path):
     saved = load(tmp_path / 'out' / 'last.pt')
     found = token_losses(load_model(saved), job.val_data)
     assert saved['run']['val']['val_loss'] == pytest.approx(found.double().mean().item(), abs=1e-7)
+    train(dtype='float32', out_dir=tmp_path / 'b', max_iters=2, dropout=0.0)
+    train(dtype='bfloat16', out_dir=tmp_path / 'c', max_iters=2, dropout=0.0)
+    a, b = (records(tmp_path / name, 'loss')[0][1] for name in 'bc')
+    assert 0 < abs(a - b) < 0.01  # but training is not
     device.pick_device('cpu')
     assert not torch.backends.cudnn.allow_tf32
 

@@ -91,4 +91,7 @@ def test_the_commit_is_that_of_the_repository_itself(monkeypatch, tmp_path):
         (folder / 'model.py').touch()
         monkeypatch.setattr(records, 'ROOT', str(folder))
         monkeypatch.setenv('GIT_DIR', str(tmp_path / '.git'))  # as within a hook of git's
-        assert (records.provenance()['commit'] == 'unknown') == (name != '.')
+        found = records.provenance()['commit']
+        (folder / 'model.py').write_text('edited')
+        assert (found == 'unknown') == (name != '.') and records.provenance()['commit'] == (
+            f'{found} (changed)' if name == '.' else found)

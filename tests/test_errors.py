@@ -8,17 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check
 from test_sample import change, other_chars
 
 from lib.checkpoint import FILES, save
-
-def check(done, *parts):
-    """One line of error at the end; before it, a script may say whose model it took."""
-    *said, error = done.err.splitlines() or ['']
-    assert done.code == 1 and error.startswith('error: '), (done.code, done.err)
-    assert not said or len(said) == 1 and ', trained on ' in said[0], done.err
-    assert all(part in error for part in parts), error
 
 def contents(folder):
     """What is in all files of a folder, in any depth; and nothing temporary is left there."""

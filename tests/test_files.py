@@ -1,6 +1,7 @@
 """lib/files.py: what is fetched is whole, whatever the server does."""
 import errno
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -26,6 +27,13 @@ def test_a_file_is_fetched_whole(web, tmp_path, answers, part, begins):
     (tmp_path / '.lock').unlink()
     (tmp_path / '.lock').mkdir()  # where it is, nothing needs to be written
     fetch(1 << 18, sha256)
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, 'fsync', lambda file: done.append('written'))
+    monkeypatch.setattr(os, 'replace', lambda *paths: done.append('named') or replace(*paths))
+    files.write_file(tmp_path / 'x', lambda f: f.write(b'x'))
+    assert done == ['written', 'named']
 
 def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch):
     def flock(file, how):

@@ -47,7 +47,7 @@ def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path):
     parent.write_text(f'import subprocess, sys, time\n'
                       f'subprocess.Popen([sys.executable, "-c", {child!r}])\n'
                       f'print("begun", flush=True)\ntime.sleep(60)\n')
-    assert session.call([str(parent)], 1.5) == (None, ['begun']) and not session.alive
+    assert session.call([str(parent)], 3.0) == (None, ['begun']) and not session.alive
     go.touch()
     time.sleep(0.5)
     assert not late.exists()

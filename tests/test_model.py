@@ -6,7 +6,6 @@ import pytest
 import torch
 from small import KEYS, SEGMENT, SIZES, C, V, all_logits, assert_equal, gradients, make, tokens
 
-from lib.checkpoint import load_weights
 from lib.contract import adamw, count_parameters, flops_per_token, make_model
 from lib.gradients import backpropagate
 from model import GPT, GPTConfig
@@ -60,11 +59,14 @@ def test_initialization():
     assert model.lm_head.weight is model.transformer.wte.weight
     assert (model.carry_gate.bias.sigmoid() > 0.7).all()  # it starts by keeping
 
-def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(monkeypatch):
-    model, rates = make('gpt', dropout=0.5), []
+@pytest.mark.parametrize('T', [l, 140])  # by the fused attention, too
+def test_dropout_in_training_alone_of_embeddings_attention_and_both_branches(T, monkeypatch):
+    model, rates = make('gpt', dropout=0.5, block_size=T), []
+    monkeypatch.setattr('torch.nn.functional.scaled_dot_product_attention',
+                        lambda q, k, v, mask, p, **how: rates.append(p) or v)
     monkeypatch.setattr(torch, 'dropout', lambda x, p, on: rates.append(p * on) or x)
     for training in (True, False):
-        model.train(training)(tokens(1, l))
+        model.train(training)(tokens(1, T))
     assert rates.count(0.5) == 1 + 3 * model.config.n_layer == sum(map(bool, rates))
 
 @pytest.mark.parametrize('n_local, n_global, bias, keys', [
@@ -94,27 +96,6 @@ def test_without_the_carry_it_is_the_baseline_of_the_same_window(position):
     assert_equal(all_logits(none, idx), alone)
     difference = (all_logits(fold, idx) - alone).abs().amax(dim=(0, 2))
     assert difference[:l].max() < 1e-10 and difference[l:].min() > 1e-4
-
-@pytest.mark.parametrize('position, n_local, past', [
-    ('learned', 0, 'evolving'), ('rotary', 1, 'frozen'), ('learned', 3, 'local')])
-def test_a_fold_with_closed_gates_is_the_baseline_and_with_open_ones_the_fold(
-        position, n_local, past):
-    gpt, idx = small_gpt(position=position, block_size=4 * l), tokens(2, 4 * l)
-    keys = dict(position=position, past=past, n_local=n_local, n_global=4 - n_local)
-    fold, usual = make_model('gated_fold', {**SIZES, **keys}).double(), make(**keys)
-    for model in (fold, usual):
-        load_weights(model, gpt.state_dict())
-    logits, loss, _ = fold(idx, idx)
-    alone = [all_logits(gpt, segment) for segment in idx.split(l, dim=1)]
-    assert_equal(logits, torch.cat(alone, dim=1))
-    loss.backward()
-    grads = gradients(fold)
-    assert all(grads[name].all() for name in fold.state_dict() if 'past_gate' in name)
-    for block in fold.transformer.h[n_local:]:
-        block.attn.past_gate.data += 1 / 16
-    assert_equal(all_logits(fold, idx), all_logits(usual, idx))
-    with pytest.raises(SystemExit, match=f'has a .*h.{n_local}.attn.past_gate: take the model'):
-        load_weights(usual, fold.state_dict())
 
 def layer(T, keys):
     """Products of numbers in a layer for T tokens that attend to `keys`, masked ones too."""

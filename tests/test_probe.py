@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import check
 from small import V, make
 from test_sample import change
 
@@ -137,8 +138,7 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
                        ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'is not there'),
                        ('--targets=0', 'targets must'), ('--keys=0', 'keys must')):
-        refused = run('probe.py', *small, bad)
-        assert refused.code == 1 and words in refused.err.splitlines()[-1], (bad, refused.err)
+        check(run('probe.py', *small, bad), words)
     assert not (out / 'probe_out_nowhere').exists()
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
     done = run('probe.py', *small, f"--file={out / 'bom.txt'}")  # read as prepare.py does
@@ -155,8 +155,7 @@ def test_a_task_without_a_probe_or_without_a_task_is_told(train, run, model_dir,
         monkeypatch.delattr(f'tasks.text.{part}')
     for done, part in ((run('probe.py', f'--out_dir={model_dir}'), 'probe'),
                        (train(out_dir=tmp_path / 'new'), 'Task')):
-        assert done.code == 1 and done.err.count('\n') == 1, done.err
-        assert f'tasks/text.py has no {part}: write one, as tasks/__init__.py says' in done.err
+        check(done, f'tasks/text.py has no {part}: write one, as tasks/__init__.py says')
 
 def test_a_text_is_where_the_probe_is_told(train, run, data_dir, tmp_path):
     assert train(task='facts', max_iters=0).code == 0
@@ -175,5 +174,4 @@ def test_a_text_is_where_the_probe_is_told(train, run, data_dir, tmp_path):
      'train anew')])
 def test_only_what_was_trained_on_is_scored(run, model_dir, data_dir, spoil, problem):
     change(model_dir / 'ckpt.pt', **spoil)
-    done = run('probe.py', *SMALL, f'--out_dir={model_dir}', f'--data_dir={data_dir}')
-    assert done.code == 1 and done.err.startswith('error: ') and problem in done.err
+    check(run('probe.py', *SMALL, f'--out_dir={model_dir}', f'--data_dir={data_dir}'), problem)

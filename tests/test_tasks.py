@@ -4,15 +4,17 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import OF_TASK, PANGRAM, SMALL
+from conftest import OF_TASK, PANGRAM, SMALL, check
+from small import assert_equal
 from test_train import equal, load, records
 from torch.nn import functional as F
 
 from configurator import configure
 from lib.contract import make_model
-from lib.memory import measure_distances
+from lib.memory import RandomSequences, measure_distances
 from lib.rows import Rows
 from prepare import Tokenizer
 from tasks import find_task, mqar, needle, pairs, track
@@ -21,7 +23,6 @@ NEEDLE = dict(segment_size=12, key_length=5, symbols=16, probe_distance=30)
 TRACK = dict(segment_size=12, block_size=24, symbols=4, cups=3, every=4)
 PAIRS = dict(segment_size=12, names=9, symbols=16, pairs=5, batch_size=8, fresh=3)
 FIRST_DIGIT, MARK, ASK, FIRST_NAME = 16, 26, 27, 28  # of these
-close = partial(equal, atol=1e-10)
 
 def make_task(name, model_type='', **settings):
     """A Task as train.py makes it, of its defaults and these settings; started, if a type of model
@@ -62,6 +63,9 @@ def test_a_stretch_gives_the_gpt_the_data_of_the_fold(data_dir):
         (x, y), others = fold.random_sequences(), gpt.random_sequences()
         assert x.shape == (4, 16) and torch.equal(x[:, 1:].int(), y[:, :-1].int())
         equal([x, y], [tokens.view(4, 16) for tokens in others])
+    fold.train_data = np.arange(100, dtype=np.uint16)  # any place is as good as another
+    pieces = torch.cat([torch.cat(fold.random_sequences(), dim=1) for _ in range(400)]).long()
+    assert {*pieces[:, 0].tolist()} == {*range(84)} and pieces.max() == 99
 
 def test_a_streams_carry_is_that_of_one_long_forward(train, tmp_path):
     """And what it reads, over so many updates that one of the four rows goes on at the start."""
@@ -254,8 +258,7 @@ def test_keys_among_byte_pairs_are_of_tokens_that_gpt2_has_and_no_text(monkeypat
 
 def test_a_file_is_for_those_who_know_a_text(train, run, tmp_path):
     assert train(task='track', max_iters=0).code == 0
-    done = run('probe.py', tmp_path / 'out', f'--file={__file__}')
-    assert done.code == 1 and done.err.endswith('needles trained with --filler=text\n')
+    check(run('probe.py', tmp_path / 'out', f'--file={__file__}'), 'trained with --filler=text')
 
 def lying(sequences, text):
     """The object under each cup after the tokens of a row, by hand."""
@@ -335,7 +338,7 @@ def test_facts_are_told_in_words_and_asked_for_where_they_are_known(data_dir, ho
     assert min(asked) == hops - 1 and asked.count(hops - 1) == 100
     assert hops == 2 or len(asked) == 300
     assert abs(told - 50 * (3 + hops)) < 30
-    assert {*asked} >= {1, 2} and len({*places}) == len(places)
+    assert {*asked} >= {1, 2}
 
 @pytest.mark.parametrize('hops', [1, 2])
 def test_facts_are_measured_after_so_much_of_the_text_alone(data_dir, tmp_path, hops):
@@ -468,10 +471,10 @@ def test_pairs_start_from_weights_that_compare_names():
                       for matched in (False, True))
     for a, b in zip(usual.h, matched.h):
         q, k, v = a.attn.c_attn.weight.split(16)
-        close(b.attn.c_attn.weight, torch.cat((4 * q, 4 * q, 0.5 * v + 0.7 * torch.eye(16))))
-        close(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
-    close(matched.wte.weight, 8 * usual.wte.weight)
-    close(matched.wpe.weight, 3 * usual.wpe.weight)
+        assert_equal(b.attn.c_attn.weight, torch.cat((4 * q, 4 * q, 0.5 * v + 0.7 * torch.eye(16))))
+        assert_equal(b.attn.c_proj.weight, 0.5 * a.attn.c_proj.weight + 0.7 * torch.eye(16))
+    assert_equal(matched.wte.weight, 8 * usual.wte.weight)
+    assert_equal(matched.wpe.weight, 3 * usual.wpe.weight)
 
 @pytest.mark.parametrize('name, settings, words', [
     ('text', dict(document='a', recompute=True), 'with document'),
@@ -497,6 +500,22 @@ def test_pairs_start_from_weights_that_compare_names():
 def test_bad_settings_get_one_line(data_dir, name, settings, words):
     with pytest.raises(SystemExit, match=f'^error: .*{words}[^\n]*$'):
         make_task(name, data_dir=data_dir, **settings)
+
+@pytest.mark.parametrize('name, chance', [
+    ('needle', 0.1), ('track', 0.5), ('facts', 0.25), ('pairs', 0.1), ('mqar', 1 / 6)])
+def test_figures_are_of_sequences_that_were_not_trained_on(data_dir, name, chance, monkeypatch):
+    task, seeds, init = make_task(name, 'fold', data_dir=data_dir), [], RandomSequences.__init__
+    monkeypatch.setattr(RandomSequences, '__init__',
+                        lambda self, seed: seeds.append(seed) or init(self, seed))
+    task.evaluate()
+    p = SimpleNamespace(file='', distances='12', sequences=1, far=99, far_sequences=1, most=1,
+                        wait=0)
+    saved = {'config': task.s, 'tokenizer': task.tokenizer}
+    found = find_task(name).probe(task.model, saved, p, 'cpu')
+    assert found['metrics']['chance']['value'] == pytest.approx(chance)
+    assert seeds and task.s.seed not in seeds
+    task.measure = lambda: (0.75, 48)
+    assert task.evaluate() == {'val_loss': 0.25, 'val_error': 0.0625}
 
 def test_recall_has_an_interval_and_far_distances_fewer_sequences():
     p, asked = SimpleNamespace(distances='12,48,96', sequences=10, far=48, far_sequences=5), []

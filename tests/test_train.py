@@ -8,7 +8,8 @@ import torch
 
 import prepare
 from lib.checkpoint import find_file
-from lib.records import load_record
+from lib.contract import count_parameters
+from lib.records import load_record, metric
 
 APART = {'config', 'provenance', 'seconds', 'tokens_per_s',  # of a run that is resumed
          'model_args', 'model_type', 'task', 'tokenizer', 'data'}  # texts, that stay anyhow
@@ -87,7 +88,7 @@ def test_best_and_last_are_kept_apart(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize('task', ['text', 'needle'])
 def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_path, task):
     """After exactly max_iters updates and a final evaluation."""
-    train(task=task, seed=5, max_iters=5, eval_interval=3)
+    done = train(task=task, seed=5, max_iters=5, eval_interval=3).globals
     saved = load(tmp_path / 'out' / 'ckpt.pt')
     assert saved['task'] == task and saved['config']['seed'] == 5
     states = load(tmp_path / 'out' / 'last.pt')['optimizer']['state'].values()
@@ -95,8 +96,10 @@ def test_a_run_leaves_a_checkpoint_that_explains_itself_and_a_record(train, tmp_
     assert [*dict(records(tmp_path / 'out', 'val_loss'))] == [3, 5]
     record, log = load_record(str(tmp_path / 'out' / 'record.json')), lines(tmp_path / 'out')
     assert (record['what'], record['seeds']) == ('training', [5])
-    assert [record['metrics'][key]['value'] for key in ('loss', 'tokens')] == [
-        log[-1]['val_loss'], log[-2]['tokens']]
+    found = record['metrics']
+    assert found['loss'] == metric(log[-1]['val_loss'], log[-1]['val_error'])
+    assert [found[key]['value'] for key in ('tokens', 'parameters', 'minutes')] == [
+        log[-2]['tokens'], count_parameters(done['model']), done['run'].seconds / 60]
     for key, name, n in (('loss', 'training loss', 5), ('val_loss', 'validation loss', 2)):
         points = [{'x': line['tokens'], 'value': line[key]} for line in log if key in line]
         assert record['curves'][name]['points'] == points and len(points) == n

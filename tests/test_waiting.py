@@ -19,9 +19,7 @@ READERS = 'item', 'cpu', 'tolist', '__bool__', '__float__'
     ('text', dict(recompute=True)), ('needle', {}), ('track', {}), ('pairs', {}), ('mqar', {}),
     ('facts', {})])
 def test_an_update_reads_nothing_before_its_backward_pass(task, settings, data_dir, monkeypatch):
-    if task in ('text', 'needle', 'facts'):
-        settings = dict(data_dir=data_dir, **settings)
-    job, events = make_task(task, **settings), []
+    job, events = make_task(task, data_dir=data_dir, **settings), []
     sizes = {**SMALL, **OF_TASK[task], **job.sizes, 'dropout': 0.0}
     job.start(make_model('fold', sizes).to('meta'), 'meta', nullcontext())
     backward, cpu, to = torch.autograd.backward, torch.Tensor.cpu, torch.Tensor.to
