@@ -65,15 +65,15 @@ def rate(n, device, work, *args):
     """Tokens per second of work(*args), which is about n tokens, by the wall clock."""
     before = time.perf_counter()
     work(*args)
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
+    if device != 'cpu':
+        torch.accelerator.synchronize()
     return n / (time.perf_counter() - before)
 
 def alternate(works, turns, what):
     """{name: [what it gives at each turn]} of {name: function}."""
     found, progress = {name: [] for name in works}, Progress(what, turns, 'turns')
     for turn in range(turns):
-        for name in list(works) if turn % 2 == 0 else reversed(works):
+        for name in works if turn % 2 == 0 else reversed(works):
             found[name].append(works[name]())
         progress.at(turn + 1)
     progress.close()
@@ -181,7 +181,7 @@ def make_updates(side, size, T, s):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return updates, lambda: 'off' if graphs and not (graphs.works and graphs.graphs) else compile
+    return updates, lambda: 'off' if graphs and not graphs.graphs else compile
 
 def speeds(side, size, T, s, turn=nullcontext):
     """Yield of a side, batch by batch: the batch, its tokens per second, the median of the rounds,
@@ -293,17 +293,17 @@ def main(s):
     with torch.device('meta'):  # models without memory
         for job in product(s.sides.split(','), s.sizes.split(','), lengths):
             make_side(*job, s)
-    for part in s.parts.split(','):
-        check_place(result_path(f'{part}{s.label}.json', s.record), RECORD)
+    paths = {part: result_path(f'{part}{s.label}.json', s.record) for part in s.parts.split(',')}
+    for path in paths.values():
+        check_place(path, RECORD)
     device, cores = processes.join(machine.pick_device(s.device)), torch.get_num_threads()
     s = s.replace(device=device)
     machine.choose_compile(s.compile, s.device, machine.LONG)  # refuses what cannot be
-    for part in s.parts.split(','):
+    for part, path in paths.items():
         if part != 'generation' and s.device == 'cpu':
             s = s.replace(products=machine.choose_products(s.products))
         threads = s.threads or (1 if part == 'generation' else cores)
         machine.set_threads(threads)
-        path = result_path(f'{part}{s.label}.json', s.record)
         for metrics, curves, notes in PARTS[part](s.replace(threads=threads)):
             result = make_record(part, {**s.as_dict(), 'processes': processes.WORLD}, [s.seed],
                                  metrics, curves, notes, device=s.device)

@@ -123,7 +123,7 @@ def read_comparison(name):
     """What a comparison file says, checked. Raises SystemExit for what cannot be meant."""
     require(name, 'name a comparison: python compare.py config/compare_shakespeare.py')
     given = {key: value for key, value in run_file(name, ROOT).items() if not is_helper(value)}
-    require('runs' in given, f'{name} lists no runs: a comparison does; for one run, take train.py')
+    require(given.get('runs'), f'{name} lists no runs: a comparison does; for one, take train.py')
     for key, value in given.items():
         require(key in KEYS, f'{name}: unknown key {key!r}: {hint(key, KEYS)}')
         kind = type(KEYS[key])
@@ -133,7 +133,6 @@ def read_comparison(name):
             require(type(one) is EACH[key],
                     f'{name}: each of {key} must be of type {EACH[key].__name__}, not {one!r}')
     c = {**KEYS, **given}
-    require(c['runs'], f'{name}: runs must name at least one run')
     require(c['seeds'] and len({*c['seeds']}) == len(c['seeds']),
             f'{name}: seeds must be different numbers, at least one, not {c["seeds"]}')
     require((c['tokens'] > 0) != (c['updates'] > 0),
@@ -311,13 +310,13 @@ def main(s):
     at_least(s, jobs=0, threads=0)
     set_threads(s.threads)
     s = s.replace(jobs=s.jobs or (2 if pick_device(s.device) == 'cpu' else 1))
-    require(not s.record or not (s.quick or s.only),
-            'no --record with --quick or --only: results/ is for whole comparisons')
+    require(not (s.record and s.quick), 'no --record with --quick: results/ is for real runs')
     c = read_comparison(s.comparison)
     if s.seeds:
         c['seeds'] = numbers('seeds', s.seeds)
     chosen = [text.strip() for text in s.only.split(';')] if s.only else c['runs']
-    require({*chosen} <= {*c['runs']}, f'only={s.only!r}: the runs are {"; ".join(c["runs"])}')
+    for text in chosen:
+        require(text in c['runs'], f'only={text!r} is none of the runs: {"; ".join(c["runs"])}')
     name = os.path.basename(s.comparison).removesuffix('.py') + '_quick' * s.quick
     folder = s.out_dir or result_path(name, False)
     own_folder(folder)

@@ -314,6 +314,8 @@ class GPT(nn.Module):
 class FoldGPT(GPT):
     """The folded model: parameters of a GPT with a window of one segment, and gates if asked."""
 
+    global_block = GlobalBlock
+
     def __init__(self, config):
         super().__init__(config)
         blocks, n = list(self.transformer.h), config.n_local
@@ -326,7 +328,7 @@ class FoldGPT(GPT):
     def layout(self, config):
         window = config.segment_size if config.local == 'sliding' else 0
         local = [LocalBlock(config, window) for _ in range(config.n_local)]
-        return local + [GlobalBlock(config) for _ in range(config.n_global)]
+        return local + [self.global_block(config) for _ in range(config.n_global)]
 
     def forward(self, idx, targets=None, carry=None):
         """As GPT's, for any T >= 1 from the start of a segment on; the last segment may be short.

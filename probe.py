@@ -62,6 +62,7 @@ wait = 0            # segments of filler between the last pair and the questions
 def main(p):
     at_least(p, segment=1, targets=2, words=2, stretches=2, resamples=20, threads=0, sequences=1,
              far_sequences=1, keys=1, most=1, wait=0)
+    require(p.resamples <= 10 ** 6, f'resamples={p.resamples} must be at most 1,000,000')
     require(not p.file or os.path.exists(p.file), f'{p.file} is not there: give a text with --file')
     device = set_up(p.device, p.threads)
     path = os.path.abspath(ckpt.find_file(p.init_from or p.out_dir or ckpt.newest_run()))
@@ -78,13 +79,12 @@ def main(p):
     folder, data = os.path.dirname(path), saved.get('data', {})
     name = os.path.basename(folder) + (p.file and f'_{Path(p.file).stem}')
     if p.file or p.init_from or os.path.basename(path) not in ckpt.FILES:  # not a run's own result
-        folder = p.init_from and p.out_dir or result_path(f'probe_{name}', False)
+        folder = (p.init_from and p.out_dir) or result_path(f'probe_{name}', False)
         os.makedirs(folder, exist_ok=True)
     corpus = os.path.basename(p.file) or data.get('dataset', saved['task'])
     kind = 'probe' if saved['task'] == 'text' else saved['task']
-    target = os.path.join(folder, 'probe.json')
-    if p.record:
-        target = result_path(f'{kind}/{name}.json', True)
+    place = os.path.join(folder, 'probe.json')
+    target = result_path(f'{kind}/{name}.json', True) if p.record else place
     check_place(target, RECORD)
     for picture in ('probe.png', *glob('probe_*.png', root_dir=folder)):
         check_place(os.path.join(folder, picture), PICTURE)

@@ -133,10 +133,9 @@ text = re.sub(r'\\([nt\\])', lambda match: ESCAPES[match[1]], s.start)
 if 'start' not in s.given and (s.load_state or '\n' not in tokenizer.spec.get('chars', '\n')):
     text = ''  # a state is gone on from; a vocabulary may have no line ends
 generator = torch.Generator(device).manual_seed(s.seed or 1337)
-state = new_state(model)
-if s.load_state:
-    state = ckpt.load_state(s.load_state, model, None if s.seed else generator)
-    require(len(state) == 1, f'{s.load_state} holds {len(state)} rows; sample.py goes on from one')
+own = None if s.seed else generator  # which goes on as the state's did
+state = ckpt.load_state(s.load_state, model, own) if s.load_state else new_state(model)
+require(len(state) == 1, f'{s.load_state} holds {len(state)} rows; sample.py goes on from one')
 stop = Stop()
 try:
     if s.start.startswith('FILE:'):

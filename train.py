@@ -35,7 +35,7 @@ from lib.contract import (
     flops_per_token,
     make_model,
 )
-from lib.files import own_folder
+from lib.files import is_temporary, own_folder
 from lib.gradients import random_state, set_random_state
 from lib.graphs import Graphs
 from lib.pictures import curves
@@ -139,7 +139,7 @@ def open_folder(s):
     found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
     if '.lock' in found:  # if a process is at work here, the error names it
         own_folder(out_dir)
-        found = {name for name in found - {'.lock', 'log.jsonl'} if not ckpt.is_temporary(name)}
+        found = {name for name in found - {'.lock', 'log.jsonl'} if not is_temporary(name)}
     require(s.init_from == 'resume' or s.overwrite or not found,
             f'{out_dir} is not empty ({"".join(sorted(found)[:1])}): --overwrite=True starts over, '
             f'--init_from=resume goes on with its run, --out_dir=... goes elsewhere')
@@ -276,7 +276,7 @@ steady = s.task == 'text' and not s.document  # else each update may have shapes
 compile = machine.choose_compile(s.compile, device, s.max_iters if steady else 0)
 stop = processes.Stop() if WORLD > 1 else None  # one may be told before the others are ready
 shared = {**s.as_dict(), 'data_dir': '', 'out_dir': '', 'at': (checkpoint or {}).get('iter_num')}
-require(all(other == shared for other in processes.from_all(shared)), 'the processes have '
+require(all(other == shared for other in from_all(shared)), 'the processes have '
         'different settings or checkpoints: give all the same command, every machine the same file')
 from_writer(lambda: open_folder(s))
 if device == 'cpu':  # what was chosen is kept: a resumed run computes as before

@@ -2,8 +2,8 @@
 #   python compare.py config/compare_python_longest.py
 # Sequences of 384 characters, four times those of compare_python.py, and one learning rate for all
 # but the LSTM, which does better at higher ones (config/search_peers.py).
-# 30 to 50 minutes of one CPU core a run; 50 to 70 with a queue, some 100 for the Gated DeltaNet.
-seeds = [1337]
+# 30 to 50 minutes of one CPU core a run, 50 to 70 with a queue.
+seeds = [1337, 1338, 1339]
 tokens = 18_432_000
 
 common = dict(dataset='python', n_local=3, n_global=1, n_layer=4, n_head=4, n_embd=128,
@@ -19,7 +19,6 @@ runs = {
     'sliding window of 12': dict(model_type='gpt', position='rotary', window=12),
     'sliding window of 48': dict(model_type='gpt', position='rotary', window=48),
     'LSTM': dict(model_type='lstm', position='none', learning_rate=8e-3, min_lr=4e-4),
-    'Gated DeltaNet': dict(model_type='deltanet', position='none'),
     'GPT, window 12': dict(model_type='gpt', block_size=12, batch_size=128, stretch=384),
     'GPT, window 24': dict(model_type='gpt', block_size=24, batch_size=64, stretch=384),
     'GPT, window 384': dict(model_type='gpt'),

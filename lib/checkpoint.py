@@ -100,12 +100,10 @@ def load_weights(model, state_dict):
     padded vocabulary to the model's own; gates to the past half may be new. Takes what nanoGPT
     saves, too: prefixes of compiled and parallel models, causal masks, no tied output matrix.
     Raises SystemExit if they do not fit."""
-    weights = {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
-               for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     own = model.state_dict()
-    for name in own:
-        if name.endswith('past_gate'):  # closed, where layers had none
-            weights.setdefault(name, own[name])
+    gates = {name: value for name, value in own.items() if name.endswith('past_gate')}  # closed
+    weights = gates | {re.sub(r'^((module|_orig_mod)\.)+', '', name): value
+                       for name, value in state_dict.items() if not name.endswith('.attn.bias')}
     wpe, wte, head = 'transformer.wpe.weight', 'transformer.wte.weight', 'lm_head.weight'
     if head in own and wte in weights:
         weights.setdefault(head, weights[wte])

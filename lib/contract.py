@@ -79,7 +79,7 @@ def make_model(model_type, sizes, copies=1):
         most = 1000 if name in ('n_layer', 'n_local', 'n_global', 'queue') else 2 ** 48
         value = given.get(name, least)
         require(value >= least, f'{name} must be at least {least}, not {value}')
-        require(value <= most, f'{name}={value} is too large')
+        require(value <= most, f'{name}={value} must be at most {most:,}')
     dropout = given.get('dropout', 0)
     require(0 <= dropout < 1, f'dropout must lie in [0, 1), not {dropout}')
     try:
@@ -126,9 +126,7 @@ def flops_per_token(model, T):
 
 def adamw(model, weight_decay, learning_rate, betas, device):
     """AdamW in two groups: matrices and embeddings decay, biases and layer norms do not."""
-    matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) is kind]
-                        for kind in (True, False))
-    groups = [{'params': some, 'weight_decay': decay}
-              for some, decay in ((matrices, weight_decay), (others, 0.0)) if some]
+    groups = [{'params': [p for p in model.parameters() if (p.dim() >= 2) is matrices],
+               'weight_decay': weight_decay * matrices} for matrices in (True, False)]
     fused = device.split(':')[0] in ('cpu', 'cuda')
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

@@ -50,13 +50,12 @@ def is_temporary(name):
 def check_kind(path, mark):
     """Raise SystemExit if what is at path is not of this program: a file without the mark in its
     first 4 KB, or no file at all."""
-    found = None
+    fine = not os.path.exists(path)
     if os.path.isfile(path):  # a pipe would wait
         with open(path, 'rb') as f:
-            found = f.read(4096)
-    require(not os.path.exists(path) or found is not None and mark in found,
-            f'{path} is of another kind, or another program, and is not replaced: rename it, or go '
-            f'elsewhere')
+            fine = mark in f.read(4096)
+    require(fine, f'{path} is of another kind, or another program, and is not replaced: rename it, '
+                  f'or go elsewhere')
 
 def check_place(path, mark):
     """As check_kind; and raise OSError, which is explained at the script's end, if no file can be

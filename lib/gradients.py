@@ -38,7 +38,7 @@ def piece(model, x, y, carry, share, device, autocast, grad=None, wanted=False):
     with autocast:
         _, loss, last = model(to_device(x, device), to_device(y, device), carry)
     loss = loss * share
-    handed = () if grad is None else zip(as_tuple(last), as_tuple(grad))
+    handed = zip(as_tuple(last), as_tuple(grad))
     ends = [(loss, None), *((value, part) for value, part in handed if part is not None)]
     torch.autograd.backward(*zip(*ends))
     return loss.detach(), rowwise(torch.detach, last), rowwise(lambda c: c.grad, carry)
@@ -67,16 +67,13 @@ def recomputed(model, x, y, carry, share, device, autocast):
 
 def random_state(device):
     """What dropout draws from: the random numbers of the CPU, and of the device or None."""
-    if device.startswith('cuda'):
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
-    return torch.get_rng_state(), torch.mps.get_rng_state() if device == 'mps' else None
+    own = None if device in ('cpu', 'meta') else torch.get_device_module(device).get_rng_state()
+    return torch.get_rng_state(), own
 
 def set_random_state(state, device):
     torch.set_rng_state(state[0])
-    if state[1] is not None and device.startswith('cuda'):
-        torch.cuda.set_rng_state(state[1], device)
-    elif state[1] is not None and device == 'mps':
-        torch.mps.set_rng_state(state[1])
+    if state[1] is not None and device != 'cpu':
+        torch.get_device_module(device).set_rng_state(state[1])
 
 def to_device(tokens, device):
     """tokens (B, T) of any integers -> int64 on the device."""

@@ -55,7 +55,7 @@ class Graphs:
         self.attach(model)
         if self.works and len(self.graphs) < MOST and key not in self.graphs:
             self.add(key, model, inputs, share, device, autocast)
-        if not self.works or key not in self.graphs:
+        if key not in self.graphs:
             return piece(model, *inputs, share, device, autocast)
         static, replay = self.graphs[key]
         for mine, new in zip(static, inputs):

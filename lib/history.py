@@ -16,7 +16,7 @@ USEFUL = 0.005  # nats per token that older text must be worth to count as prese
 WORD = r'[^\W\d]\w*'  # where a token is a character; identifiers of a program, too
 
 def probe_text(model, saved, p, device):
-    """The loss of a text, its context curve and remote co-occurrence: see tasks/__init__.py."""
+    """The loss of a text, its context curve, co-occurrence and copying: see tasks/__init__.py."""
     size = unit(model) if unit(model) > 1 else p.segment  # tokens of a target segment
     tokens, found = open_text(saved, p)
     lengths, starts, borders = chosen = plan(len(tokens), size, p)
@@ -39,9 +39,10 @@ def probe_text(model, saved, p, device):
         for point in curve['points']:
             say('{x:>8}{value:>10.4f}  [{low:.4f}, {high:.4f}]'.format(**point))
     points = curves['worth of longer history']['points']
-    kept, low, high = (max((point['x'] for point in points if point[key] >= USEFUL), default=None)
-                       for key in ('value', 'low', 'high'))
-    say(f"\npreserved context: {'none' if kept is None else f'{kept} ({low} to {high})'}")
+    kept, low, high = found = [
+        max((point['x'] for point in points if point[key] >= USEFUL), default=None)
+        for key in ('value', 'low', 'high')]
+    say('\npreserved context: {} ({} to {})'.format(*('none' if x is None else x for x in found)))
     return {'what': 'probe', 'curves': curves, 'notes': [f'segments of {size} tokens'],
             'metrics': {'loss': metric(mean, error, len(losses)),
                         'preserved context': metric(kept, n=len(starts) * size, low=low,
@@ -67,9 +68,11 @@ def plan(N, size, p):
     lengths = sorted({-(-c // size) * size for c in numbers('histories', p.histories)})
     require(N > lengths[-1] + 2 * size, f'the text has {N} tokens, too few for a history of '
                                         f'{lengths[-1]}: shorten histories')
-    starts = torch.arange(lengths[-1], N - size, size)
+    starts, borders = torch.arange(lengths[-1], N - size, size), numbers('bins', p.bins)
+    require(len(lengths) > 1 and len(borders) > 1, 'histories and bins take two numbers or more, '
+            f'in segments of {size} tokens: --histories=0,{size} --bins=24,48')
     some = torch.linspace(0, len(starts) - 1, min(p.targets, len(starts))).long()
-    return lengths, starts[some], numbers('bins', p.bins)
+    return lengths, starts[some], borders
 
 def measure(score, tokens, size, chosen, found, p):
     """Curves of a record. score: a model's last_losses, chosen: plan's, found: recurrences'."""

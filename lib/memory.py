@@ -60,9 +60,9 @@ class MemoryTask:
     def evaluate(self):
         """The share of answers that are wrong, and its standard error."""
         self.model.eval()
-        share, n = from_writer(self.measure)
+        right, n = from_writer(self.measure)
         self.model.train()
-        return {'val_loss': 1 - share, 'val_error': math.sqrt(share * (1 - share) / n)}
+        return {'val_loss': 1 - right, 'val_error': math.sqrt(right * (1 - right) / n)}
 
     def figures(self):
         return {'recall': round(self.recall, 4)}
@@ -119,9 +119,9 @@ class WalkingTask(MemoryTask):
         if old:  # rows are false where none are left
             loss_old, right_old, more = self.further(old, F)
             loss, read = loss + loss_old * len(old) / self.B, read + more
+            right = torch.cat((right, right_old))
         loss.backward()
-        answers = torch.cat((right, right_old)) if old else right
-        right, right_old = answers.cpu().tensor_split((self.B,))  # waits for the device
+        right, right_old = right.cpu().tensor_split((self.B,))  # waits for the device
         if old:
             stays = self.sequences.uniform(len(old)) >= self.s.leave
             old = old.pick(right_old & stays)

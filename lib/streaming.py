@@ -10,7 +10,6 @@ from lib.contract import blank_carry, border, carries, unit
 from lib.rows import Rows, rowwise
 from model import FUSED_FROM
 
-TINY = torch.finfo(torch.float32).tiny  # temperatures below it count as 0
 TOKENS_PER_CALL = 6144  # of all rows: more in one call leave a CPU's caches, and take longer
 MOST_TRIED = 2048  # tokens of one call, where a model is tried out
 FEW_TOKENS = 64  # up to so many, calling oneDNN costs more than it saves
@@ -50,9 +49,9 @@ def check_reading(model, least=0):
 def reads_alike(model, cached, least=0):
     """Whether reading piece by piece, through caches or not, gives the logits of one call on the
     whole: tried on a few segments, as a reader may change one of the ways alone."""
-    u, was_training = unit(model), model.training
-    longest = max(5 * u + 2 if carries(model) else FUSED_FROM + 5, min(least, MOST_TRIED))
-    longest = longest if carries(model) else min(longest, model.config.block_size)
+    u, keeps, was_training = unit(model), carries(model), model.training
+    longest = max(5 * u + 2 if keeps else FUSED_FROM + 5, min(least, MOST_TRIED))
+    longest = longest if keeps else min(longest, model.config.block_size)
     device = next(model.parameters()).device
     idx = (7 * torch.arange(longest, device=device) % model.config.vocab_size)[None]
     idx[idx == border(model)] = (border(model) + 1) % model.config.vocab_size
@@ -187,7 +186,7 @@ def generate(model, idx, max_new_tokens, **kwargs):
 def sample_token(logits, temperature=1.0, top_k=0, top_p=0.0, generator=None):
     """One token a row, logits (B, V) -> (B, 1): at temperature 0 the likeliest, else a random one
     of the top_k likeliest, or of those the fewest that hold the share top_p of the probability."""
-    if temperature < TINY:
+    if temperature < 1e-38:  # less is 0, or nearly, in float32
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)

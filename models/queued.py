@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model import Block, FoldConfig, LocalBlock
+from model import Block, FoldConfig
 from models.cached import FoldGPT, room, run_cached
 
 @dataclass
@@ -37,25 +37,20 @@ class QueuedFold(FoldGPT):
     """The carry is (X^s_{N,N} (B, l, C), the queue (B, queue * l, queue_channels), and what local
     layers keep)."""
 
+    global_block = Block  # with no past half to move on
+
     def __init__(self, config):
         super().__init__(config)
         C, r = config.n_embd, config.queue_channels
         self.places = config.queue * config.segment_size
         self.down, self.up = nn.Linear(C, r, bias=False), nn.Linear(r, C, bias=False)
 
-    def layout(self, config):
-        local = [LocalBlock(config, config.segment_size) for _ in range(config.n_local)]
-        return local + [Block(config) for _ in range(config.n_global)]  # no past half to move on
-
     def forward(self, idx, targets=None, carry=None):
         """As FoldGPT's."""
-        c, l, r = self.config, self.config.segment_size, self.config.queue_channels
-        if carry is None:
-            zeros = self.up.weight.new_zeros
-            carry = zeros(len(idx), l, c.n_embd), zeros(len(idx), self.places, r), None
-        past, queue, kept = carry
-        sizes = past.shape, queue.shape
-        if idx.size(1) < 1 or sizes != ((len(idx), l, c.n_embd), (len(idx), self.places, r)):
+        c, l, B = self.config, self.config.segment_size, len(idx)
+        sizes = (B, l, c.n_embd), (B, self.places, c.queue_channels)
+        past, queue, kept = carry or (*map(self.up.weight.new_zeros, sizes), None)
+        if idx.size(1) < 1 or (past.shape, queue.shape) != sizes:
             raise ValueError('a fold takes 1 token or more, and the carry of a whole segment')
         x, kept = self.local(idx, kept)
         queue, outputs = torch.cat((queue, self.down(x)), dim=1), []

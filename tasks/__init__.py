@@ -17,7 +17,6 @@ finds the data. Then it has
     state(), load_state()    what goes on where a run is resumed
 """
 import importlib
-import os
 import pkgutil
 
 from lib.console import require
@@ -25,7 +24,7 @@ from lib.console import require
 def find_task(name, part='Task'):
     """The module of a task. Raises SystemExit if there is none of that name, or without the part
     that is wanted of it."""
-    known = sorted(module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
     require(name in known, f'task must be one of {", ".join(map(repr, known))}, not {name!r}')
     task = importlib.import_module(f'tasks.{name}')
     require(hasattr(task, part), f'tasks/{name}.py has no {part}: write one, as tasks/__init__.py '

@@ -6,7 +6,6 @@ Pairs come first. Each key comes back once among random tokens, more often soon 
 law), and its value is to be predicted there. Keys are of one half of the vocabulary, values of the
 other. Beside it, the task 'pairs' asks how many pairs are held as the text goes on.
 """
-
 import torch
 
 from configurator import at_least

@@ -5,7 +5,6 @@
 At ASK and at each digit after it the next digit is to be predicted; an answer counts if all of its
 digits are right. Sequences that answer right walk on (WalkingTask of lib/memory.py).
 """
-import os
 import time
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch.nn.functional import pad
 
 from configurator import at_least, one_of
 from lib.console import Progress, count, require, say
-from lib.contract import blank_carry
 from lib.gradients import to_device
 from lib.memory import (
     APART,
@@ -112,9 +110,8 @@ def first_digit(spec):
 def read_splits(s):
     """The ids of the data set, {'train', 'val': (N,)}, and its meta; all processes call this."""
     folder, meta = on_all_machines(lambda: open_data(s, s.dataset))
-    texts = {split: np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=np.uint16)
-             for split in ('train', 'val')}
-    return {split: torch.from_numpy(ids.astype(np.int64)) for split, ids in texts.items()}, meta
+    return {split: torch.from_numpy(np.fromfile(f'{folder}/{split}.bin', np.uint16)).long()
+            for split in ('train', 'val')}, meta
 
 class Task(WalkingTask):
     """Trains with a curriculum of distances and with sequences that walk on."""
@@ -237,9 +234,9 @@ def find_in_file(model, saved, p, device):
     require(len(ids) >= 3 * l, f'{p.file} has {len(ids):,} tokens: it takes {3 * l} or more, so '
             'that the key leaves the window')
     sequences = Sequences(p.seed, k, first_digit(saved['tokenizer']))
-    crosses = Rows(carry=blank_carry(model)).nbytes
     keys, lead = sequences.keys(p.keys), int(sequences.integers(0, l))
     state, begin = new_state(model, p.keys), time.perf_counter()
+    crosses = Rows(carry=state.carry).nbytes // p.keys
     key = pad(keys, (1, 0), value=sequences.mark)
     progress = Progress(f'reading {p.file}', len(ids) + k + 1)
     for part in (*ids[None, :lead].split(PER_READ, dim=1), key,

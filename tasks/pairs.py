@@ -5,7 +5,6 @@ ASK NAME 3 ASK NAME 7 ...: a question leaves nothing in the memory. At a NAME th
 digit is to be predicted. Where a pair is shown, the digit stands before the name: the place with
 the name is the one that a question can find, and has read the digit.
 """
-
 import torch
 
 from configurator import at_least

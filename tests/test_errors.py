@@ -27,7 +27,7 @@ def contents(folder):
     (dict(set_aside=1.0), ['set_aside=1.0 must be a share below 1']),
     (dict(task='txt'), ["task must be one of 'facts', 'mqar', 'needle', 'pairs', ", "'txt'"]),
     (dict(device='meta'), ["device='meta' is not available"]),  # which torch knows
-    (dict(beta1=1.0), ['beta1=1.0']), (dict(n_local=100000), ['n_local=100000 is too large']),
+    (dict(beta1=1.0), ['beta1=1.0']), (dict(n_local=100000), ['n_local=100000 must be at most']),
     (dict(learning_rate=1e-5), ['min_lr=0.0001 is above learning_rate=1e-05']),
     (dict(decay_from=1.5), ['decay_from=1.5']),
     (dict(eval_tokens=8), ['8 tokens to score are no more than a window of 8']),

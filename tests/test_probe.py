@@ -56,6 +56,10 @@ def test_words_at_other_distances_gain_nothing_from_a_lag():
     gains = history.words_by_distance(knows_the_lag, tokens, found, borders, SIZE, 100)[0]
     for gain in gains.values():
         assert 50 < len(gain) <= 100 and not gain.any()
+    found, seen = [(place, 1, 14, -1) for place in range(200, 2900, 7)], []
+    history.words_by_distance(lambda rows, n: seen.append(rows) or rows[:, -n:].double(),
+                              torch.arange(3000), found, [12, 18], SIZE, 20)
+    assert min(rows.min() for rows in seen) < 300 and max(rows.max() for rows in seen) > 2700
     found = [(500, 2, LAG, 9), (504, 1, 6, 9),  # the latter without a cut between: not before 504
              (512, SIZE + 1, LAG, 9)]  # too long to score
     gains, _ = history.words_by_distance(knows_the_lag, tokens, found, [6, 7, LAG, 34], SIZE, 9)
@@ -97,12 +101,13 @@ def test_every_history_is_that_of_the_same_segments():
 
     def score(rows, n):
         seen.append(rows)
-        return torch.zeros(len(rows), n)
+        return torch.full((len(rows), n), rows.size(1)).double()
     p = SimpleNamespace(**{**P, 'histories': '12,45,60'})
     lengths, starts, _ = chosen = history.plan(5000, SIZE, p)
     assert (lengths, len(starts)) == ([12, 48, 60], 200)  # in whole segments
     assert (starts[0], starts[-1]) == (60, 4992) and not (starts % SIZE).any()
-    history.measure(score, tokens, SIZE, chosen, [], p)
+    worth = history.measure(score, tokens, SIZE, chosen, [], p)[WORTH]['points']
+    assert [(point['x'], point['value']) for point in worth] == [(12, -48), (48, -12)]
     for c, rows in zip((12, 48, 60), seen):
         assert torch.equal(rows, starts[:, None] + torch.arange(-c, SIZE + 1))
 
@@ -115,7 +120,7 @@ def test_the_bootstrap_draws_whole_stretches():
 
 def test_words_and_where_they_stood_last():
     letters = SimpleNamespace(spec={'kind': 'char'}, decode=lambda ids: ''.join(map(chr, ids)))
-    tokens = torch.tensor(list(b'the cat, the dog2 x_1 the x_1'))
+    tokens = torch.tensor(list(b'the cat, the dog2 x_1 the x_1 7 7'))
     assert history.recurrences(tokens, letters) == [(9, 3, 9, 4), (22, 3, 13, 18), (26, 3, 8, 22)]
     pieces = SimpleNamespace(spec={'kind': 'gpt2'}, decode=lambda ids: ['the', ', ', 'cat'][ids[0]])
     assert history.recurrences(torch.tensor([0, 2, 1, 0, 1]), pieces) == [(3, 1, 3, 1)]
@@ -137,7 +142,9 @@ def test_the_script(train, run, tmp_path, data_dir, monkeypatch):
     monkeypatch.setattr('lib.records.ROOT', str(tmp_path))
     for bad, words in (('--histories=0,4,4000', 'too few for a history of 4000'),
                        ('--bins=9,x', 'bins must be'), ('--file=nowhere.txt', 'is not there'),
-                       ('--targets=0', 'targets must'), ('--keys=0', 'keys must')):
+                       ('--histories=3', 'take two numbers'), ('--bins=8', 'take two numbers'),
+                       ('--resamples=1000001', 'at most'), ('--targets=0', 'targets must'),
+                       ('--keys=0', 'keys must')):
         check(run('probe.py', *small, bad), words)
     assert not (out / 'probe_out_nowhere').exists()
     (out / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text)
