@@ -127,6 +127,7 @@ def measure_generation(s):
     metrics = {'flat ratio': median(rates[ours, far], rates[ours, near]),
                'ratio to the uncached GPT': median(rates[ours, far], rates['uncached']),
                'ratio of reading at once': median(rates['at once'], rates[ours, near]),
+               'tokens per second': median(rates[ours, far]),
                'tokens per second, uncached': median(rates['uncached']),
                'tokens per second, at once': median(rates['at once'])}
     measured = {'tokens per second': {key: median(rates[key]) for key in states},
