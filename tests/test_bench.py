@@ -35,6 +35,7 @@ def test_generation_by_a_clock_of_readings(measure, train, tmp_path, monkeypatch
     monkeypatch.setattr('time.perf_counter', iter(range(10 ** 9)).__next__)
     made = measure('generation', f'--out_dir={tmp_path}/out', '--contexts=2,9', '--window_tokens=7')
     assert made['metrics']['ratio to the uncached GPT']['value'] == 1
+    assert made['metrics']['tokens per second']['value'] == 7
     for name in (kind, 'GPT of window 192'):
         rates, sizes = ([(p['x'], p['value']) for p in made['curves'][f'{what}, {name}']['points']]
                         for what in ('tokens per second', 'bytes of state'))
